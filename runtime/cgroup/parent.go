@@ -1,0 +1,253 @@
+package cgroup
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/naru-project/naru/internal/errs"
+)
+
+// marks remembers which folders Naru made itself, and in which hierarchies:
+// kubelet makes the pods' cgroups where its own controllers are and removes
+// them there, but the rest of them (the version 2 tree of a hybrid host, the
+// parents of pods that do not come from kubelet) is ours to remove.
+//
+// A mark is written before its folder is made and removed after it, so that a
+// crash leaves a mark too many, never a folder.
+type marks struct {
+	mu  sync.Mutex // also orders making and removing of parents
+	dir string
+	mem map[string][]string
+}
+
+// get returns the hierarchies in which path is ours. mu is held.
+func (m *marks) get(path string) []string {
+	if names, ok := m.mem[path]; ok || m.dir == "" {
+		return names
+	}
+	b, err := os.ReadFile(m.file(path))
+	if err != nil {
+		return nil
+	}
+	head, rest, _ := strings.Cut(string(b), "\n")
+	if head != path {
+		return nil
+	}
+	names := strings.Fields(rest)
+	m.mem[path] = names
+	return names
+}
+
+// put notes the hierarchies of path; none removes the mark. mu is held.
+func (m *marks) put(path string, names []string) error {
+	if len(names) == 0 {
+		delete(m.mem, path)
+		if m.dir == "" {
+			return nil
+		}
+		if err := os.Remove(m.file(path)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return errs.New(errs.Internal, "forget cgroup parent %s: %w", path, err)
+		}
+		return nil
+	}
+	m.mem[path] = names
+	if m.dir == "" {
+		return nil
+	}
+	// No rename and no fsync: the folder is on a tmpfs, and a mark that is cut
+	// short is one that names no path.
+	if err := os.MkdirAll(m.dir, 0o700); err != nil {
+		return errs.New(errs.Internal, "note cgroup parent %s: %w", path, err)
+	}
+	text := path + "\n" + strings.Join(names, "\n") + "\n"
+	if err := os.WriteFile(m.file(path), []byte(text), 0o600); err != nil {
+		return errs.New(errs.Internal, "note cgroup parent %s: %w", path, err)
+	}
+	return nil
+}
+
+func (m *marks) file(path string) string {
+	sum := sha256.Sum256([]byte(path))
+	return filepath.Join(m.dir, hex.EncodeToString(sum[:16]))
+}
+
+// EnsurePod makes the cgroup parent of a pod, CRI's cgroup_parent, wherever it
+// is missing.
+func (d *Driver) EnsurePod(ctx context.Context, parent string) error {
+	path, err := d.ParentPath(parent)
+	if err != nil {
+		return err
+	}
+	return d.ensureParent(ctx, path)
+}
+
+// ensureParent makes path and what is missing above it. Where all is there it
+// costs one look per hierarchy and takes no lock.
+func (d *Driver) ensureParent(ctx context.Context, path string) error {
+	rel := path[1:]
+	if rel == "" || len(d.missing(rel)) == 0 {
+		return nil
+	}
+	if d.systemd {
+		return d.ensureSlice(ctx, path)
+	}
+	d.marks.mu.Lock()
+	defer d.marks.mu.Unlock()
+	for i := 0; i <= len(rel); i++ {
+		if i < len(rel) && rel[i] != '/' {
+			continue
+		}
+		if err := d.makeParent(rel[:i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *Driver) missing(rel string) []*hierarchy {
+	var m []*hierarchy
+	for _, h := range d.hier {
+		if !exists(h.fd, rel) {
+			m = append(m, h)
+		}
+	}
+	return m
+}
+
+// makeParent makes one folder where it is missing. marks.mu is held.
+func (d *Driver) makeParent(rel string) error {
+	missing := d.missing(rel)
+	if len(missing) == 0 {
+		return nil
+	}
+	names := slices.Clone(d.marks.get("/" + rel))
+	before := len(names)
+	for _, h := range missing {
+		if !slices.Contains(names, h.name) {
+			names = append(names, h.name)
+		}
+	}
+	if err := d.marks.put("/"+rel, names); err != nil {
+		return err
+	}
+	for i, h := range missing {
+		err := unix.Mkdirat(h.fd, rel, 0o755)
+		if err == unix.EEXIST {
+			err = nil // kubelet was faster; removing an empty folder of its is harmless
+		}
+		if err == nil && h.has("cpuset") {
+			err = errors.Join(inherit(h, rel, "cpuset.mems"), inherit(h, rel, "cpuset.cpus"))
+		}
+		if err != nil {
+			for _, made := range missing[:i] {
+				_ = unix.Unlinkat(made.fd, rel, unix.AT_REMOVEDIR)
+			}
+			_ = d.marks.put("/"+rel, names[:before])
+			return classify(err, "make cgroup parent /%s in hierarchy %s", rel, h.name)
+		}
+	}
+	return nil
+}
+
+// removeWait bounds how long the removal of an empty folder waits for the
+// kernel to take notice of processes that have exited.
+const removeWait = 500 * time.Millisecond
+
+// RemovePod removes the cgroup parent of a pod where Naru made it, and the
+// parents above it that it made and that are empty by now. A parent that has
+// other cgroups or processes in it is errs.FailedPrecondition; one that Naru
+// did not make, or that is gone, is left alone without an error.
+func (d *Driver) RemovePod(ctx context.Context, parent string) error {
+	path, err := d.ParentPath(parent)
+	if err != nil {
+		return err
+	}
+	if d.systemd {
+		return d.removeSlice(ctx, path)
+	}
+	// Waiting, if need be, is done outside of the lock.
+	deadline := time.Now().Add(removeWait)
+	for {
+		err := d.tryRemove(path)
+		if err == nil || !errs.Is(err, errs.FailedPrecondition) || time.Now().After(deadline) || d.populated(path) {
+			return err
+		}
+		if err := pause(ctx, 5*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+func (d *Driver) tryRemove(path string) error {
+	d.marks.mu.Lock()
+	defer d.marks.mu.Unlock()
+	if err := d.removeMarked(path); err != nil {
+		return err
+	}
+	for p := parentOf(path); p != "/"; p = parentOf(p) {
+		if d.removeMarked(p) != nil {
+			break // still in use by others
+		}
+	}
+	return nil
+}
+
+// removeMarked removes one folder where it is ours. marks.mu is held.
+func (d *Driver) removeMarked(path string) error {
+	names := d.marks.get(path)
+	if len(names) == 0 {
+		return nil
+	}
+	var kept []string
+	var last error
+	for _, h := range d.hier {
+		if !slices.Contains(names, h.name) {
+			continue
+		}
+		err := unix.Unlinkat(h.fd, path[1:], unix.AT_REMOVEDIR)
+		if err != nil && err != unix.ENOENT {
+			kept = append(kept, h.name)
+			last = err
+		}
+	}
+	if len(kept) != len(names) {
+		if err := d.marks.put(path, kept); err != nil {
+			return err
+		}
+	}
+	if last != nil {
+		return classify(last, "remove cgroup parent %s (hierarchies %s)", path, strings.Join(kept, " "))
+	}
+	return nil
+}
+
+// populated reports whether path has cgroups below it, which no waiting helps.
+func (d *Driver) populated(path string) bool {
+	for _, h := range d.hier {
+		if names, err := subdirs(h.fd, path[1:], 1); err == nil && len(names) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+func pause(ctx context.Context, t time.Duration) error {
+	timer := time.NewTimer(t)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return errs.New(errs.Of(ctx.Err()), "wait for a cgroup: %w", context.Cause(ctx))
+	case <-timer.C:
+		return nil
+	}
+}
