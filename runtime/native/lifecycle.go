@@ -1,0 +1,219 @@
+package native
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
+	"github.com/naru-project/naru/runtime"
+	"github.com/naru-project/naru/runtime/plan"
+)
+
+// Start opens the start gate.
+func (x *Executor) Start(ctx context.Context, id string) error {
+	x.releaseHolder(id)
+	err := x.cfg.Monitor.Start(ctx, id)
+	if err == nil {
+		return nil
+	}
+	var pe *plan.Error
+	if errors.As(err, &pe) {
+		x.mu.Lock()
+		what := ""
+		if h := x.live[id]; h != nil && pe.Stage == plan.StageExec {
+			what = fmt.Sprintf(" %q", h.command)
+		}
+		x.mu.Unlock()
+		return errs.New(errs.Of(planError(pe)), "start container %s:%s %w", short(id), what, pe)
+	}
+	return errs.New(errs.Of(err), "start container %s: %w", short(id), err)
+}
+
+// remember keeps the pidfd of a container's first process.
+func (x *Executor) remember(id string, pid int, pidfd *os.File, command string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if old := x.live[id]; old != nil {
+		_ = old.pidfd.Close()
+	}
+	x.live[id] = &handle{pid: pid, pidfd: pidfd, command: command}
+}
+
+func (x *Executor) forget(id string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if h := x.live[id]; h != nil {
+		_ = h.pidfd.Close()
+		delete(x.live, id)
+	}
+}
+
+// lookup returns a copy of the handle of a container; the caller closes its
+// pidfd. After a restart the monitor is asked.
+func (x *Executor) lookup(ctx context.Context, id string) (*handle, error) {
+	x.mu.Lock()
+	h := x.live[id]
+	if h != nil {
+		f, err := dup(h.pidfd)
+		pid := h.pid
+		x.mu.Unlock()
+		return &handle{pid: pid, pidfd: f}, err
+	}
+	x.mu.Unlock()
+	files, err := x.cfg.Monitor.Files(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer files.Close()
+	if files.PIDFD == nil {
+		return nil, errs.New(errs.NotFound, "container %s has no process", short(id))
+	}
+	a, err := dup(files.PIDFD)
+	if err != nil {
+		return nil, err
+	}
+	b, err := dup(files.PIDFD)
+	if err != nil {
+		_ = a.Close()
+		return nil, err
+	}
+	x.remember(id, files.PID, a, "")
+	return &handle{pid: files.PID, pidfd: b}, nil
+}
+
+func dup(f *os.File) (*os.File, error) {
+	// Never f.Fd(): it would make a shared FIFO or terminal blocking for all.
+	fd, err := unix.FcntlInt(uintptr(sys.FD(f)), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, errs.New(errs.Internal, "duplicate %s: %w", f.Name(), err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
+
+// Signal sends one signal to the first process, by pidfd: a reused pid is
+// never hit.
+func (x *Executor) Signal(ctx context.Context, id string, sig syscall.Signal) error {
+	h, err := x.lookup(ctx, id)
+	if err != nil {
+		if errs.Is(err, errs.NotFound) {
+			return nil
+		}
+		return err
+	}
+	defer func() { _ = h.pidfd.Close() }()
+	if err := unix.PidfdSendSignal(int(h.pidfd.Fd()), sig, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return errs.New(errs.Internal, "send %s to container %s: %w", unix.SignalName(sig), short(id), err)
+	}
+	return nil
+}
+
+// Kill ends every process of the container: by its cgroup, and the first one
+// by its pidfd whatever the cgroup says.
+func (x *Executor) Kill(ctx context.Context, c *runtime.Container) error {
+	err := x.Signal(ctx, c.ID, unix.SIGKILL)
+	g, gerr := x.cfg.Cgroups.Open(c.Cgroup)
+	if gerr != nil {
+		if errs.Is(gerr, errs.NotFound) {
+			return err
+		}
+		return errors.Join(err, gerr)
+	}
+	return errors.Join(err, g.Kill(ctx))
+}
+
+// Delete kills what is left of the container and removes its traces.
+func (x *Executor) Delete(ctx context.Context, c *runtime.Container) error {
+	x.releaseHolder(c.ID)
+	all := []error{x.Kill(ctx, c)}
+	if err := x.cfg.Monitor.Delete(ctx, c.ID); err != nil && !errs.Is(err, errs.NotFound) {
+		all = append(all, err)
+	}
+	x.forget(c.ID)
+	g, err := x.cfg.Cgroups.Open(c.Cgroup)
+	if err == nil {
+		err = g.Remove(ctx)
+	}
+	if err != nil && !errs.Is(err, errs.NotFound) {
+		all = append(all, err)
+	}
+	if err := os.RemoveAll(x.ioDir(c.ID)); err != nil {
+		all = append(all, errs.New(errs.Internal, "remove the FIFOs of container %s: %w", short(c.ID), err))
+	}
+	return errors.Join(all...)
+}
+
+// List tells what the monitor keeps.
+func (x *Executor) List(ctx context.Context) ([]runtime.State, error) {
+	entries, err := x.cfg.Monitor.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]runtime.State, 0, len(entries))
+	for _, e := range entries {
+		if strings.HasPrefix(e.ID, initPrefix) {
+			continue // the init of a pod, kept with its sandbox
+		}
+		s := runtime.State{ID: e.ID, Process: runtime.Process{PID: e.PID}, Started: e.Started}
+		if e.Exit != nil {
+			x := exitOf(*e.Exit)
+			s.Exit = &x
+		} else if t, err := startTime(x.proc, e.PID); err == nil {
+			s.Process.StartTime = t
+		}
+		out = append(out, s)
+	}
+	return out, nil
+}
+
+// ReopenLog opens the log file anew and lets the worker go over to it.
+func (x *Executor) ReopenLog(ctx context.Context, c *runtime.Container) error {
+	f, err := openLog(c.LogPath)
+	if err != nil || f == nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	return x.cfg.Monitor.SetLog(ctx, c.ID, f)
+}
+
+// startTime reads field 22 of /proc/PID/stat (proc_pid_stat(5)): clock ticks
+// since boot.
+func startTime(proc *os.File, pid int) (uint64, error) {
+	f, err := sys.OpenBeneath(proc, itoa(pid)+"/stat", unix.O_RDONLY)
+	if err != nil {
+		return 0, errs.New(errs.NotFound, "process %d is gone: %w", pid, err)
+	}
+	defer func() { _ = f.Close() }()
+	buf := make([]byte, 1024)
+	n, err := f.Read(buf)
+	if err != nil {
+		return 0, errs.New(errs.NotFound, "process %d is gone: %w", pid, err)
+	}
+	return parseStartTime(buf[:n])
+}
+
+// parseStartTime finds the field behind the last ')': the name before it may
+// hold anything.
+func parseStartTime(stat []byte) (uint64, error) {
+	i := bytes.LastIndexByte(stat, ')')
+	if i < 0 {
+		return 0, errs.New(errs.Internal, "stat line without a name")
+	}
+	f := bytes.Fields(stat[i+1:])
+	if len(f) < 20 {
+		return 0, errs.New(errs.Internal, "stat line with %d fields", len(f)+2)
+	}
+	v, err := strconv.ParseUint(string(f[19]), 10, 64)
+	if err != nil {
+		return 0, errs.New(errs.Internal, "start time in a stat line: %w", err)
+	}
+	return v, nil
+}

@@ -1,0 +1,657 @@
+package native
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"slices"
+	"sort"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
+	"github.com/naru-project/naru/runtime"
+)
+
+// volume is a detached mount on its way to a place in the container.
+type volume struct {
+	path string // in the container, clean and absolute
+	tree *os.File
+	dir  bool
+}
+
+// place is everything that will be attached in a container's mount namespace,
+// opened before the container exists.
+type place struct {
+	root    *os.File
+	devices *devices
+	volumes []volume
+	cgroups []volume // cgroup v1 folders below /sys/fs/cgroup
+	sys     *os.File // the host's /sys, where the container cannot have a sysfs of its own
+	fs      map[string]*os.File
+}
+
+func (p *place) close() {
+	if p.root != nil {
+		_ = p.root.Close()
+	}
+	if p.devices != nil {
+		p.devices.close()
+	}
+	for _, v := range slices.Concat(p.volumes, p.cgroups) {
+		_ = v.tree.Close()
+	}
+	if p.sys != nil {
+		_ = p.sys.Close()
+	}
+	for _, f := range p.fs {
+		_ = f.Close()
+	}
+}
+
+// openVolumes opens every volume of the container once, and keeps what was
+// opened: nothing is looked up again by its path.
+func (x *Executor) openVolumes(ctx context.Context, c *runtime.Container, p *place) error {
+	own := map[string]bool{}
+	for i := range c.Mounts {
+		m := &c.Mounts[i]
+		v, err := x.openVolume(ctx, c, i, m)
+		if err != nil {
+			return err
+		}
+		v.path = path.Clean("/" + m.ContainerPath)
+		own[v.path] = true
+		p.volumes = append(p.volumes, *v)
+	}
+	names := make([]string, 0, len(c.EtcFiles))
+	for to := range c.EtcFiles {
+		if !own[to] {
+			names = append(names, to)
+		}
+	}
+	sort.Strings(names)
+	for _, to := range names {
+		t, err := sys.CloneTree(unix.AT_FDCWD, c.EtcFiles[to], false)
+		if err != nil {
+			return errs.New(errs.Internal, "open %s of the pod: %w", to, err)
+		}
+		p.volumes = append(p.volumes, volume{path: to, tree: t})
+		if err := sys.SetAttr(t, false, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC | readonlyIf(c.Spec.Root != nil && c.Spec.Root.Readonly), Propagation: unix.MS_PRIVATE}); err != nil {
+			return errs.New(errs.Internal, "prepare %s of the pod: %w", to, err)
+		}
+	}
+	if c.Shm != "" && !own["/dev/shm"] {
+		t, err := sys.CloneTree(unix.AT_FDCWD, c.Shm, false)
+		if err != nil {
+			return errs.New(errs.Internal, "open the pod's /dev/shm: %w", err)
+		}
+		p.volumes = append(p.volumes, volume{path: "/dev/shm", tree: t, dir: true})
+		if err := sys.SetAttr(t, false, unix.MountAttr{Propagation: unix.MS_PRIVATE}); err != nil {
+			return errs.New(errs.Internal, "prepare the pod's /dev/shm: %w", err)
+		}
+	}
+	// Parents first; the order of the request among equals.
+	slices.SortStableFunc(p.volumes, func(a, b volume) int { return strings.Count(a.path, "/") - strings.Count(b.path, "/") })
+	return nil
+}
+
+func readonlyIf(b bool) uint64 {
+	if b {
+		return unix.MOUNT_ATTR_RDONLY
+	}
+	return 0
+}
+
+func (x *Executor) openVolume(ctx context.Context, c *runtime.Container, i int, m *runtime.Mount) (_ *volume, err error) {
+	if iv, ok := c.Images[i]; ok {
+		return x.openImageVolume(ctx, c, m, iv)
+	}
+	if err := checkPropagation(m, len(c.UIDMap) > 0); err != nil {
+		return nil, err
+	}
+	t, err := sys.CloneTree(unix.AT_FDCWD, m.HostPath, true)
+	if err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			return nil, errs.New(errs.FailedPrecondition, "volume %s: host path %s does not exist", m.ContainerPath, m.HostPath)
+		}
+		return nil, errs.New(errs.Internal, "volume %s: open host path %s: %w", m.ContainerPath, m.HostPath, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = t.Close()
+		}
+	}()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(t.Fd()), &st); err != nil {
+		return nil, errs.New(errs.Internal, "volume %s: stat %s: %w", m.ContainerPath, m.HostPath, err)
+	}
+	attr, err := volumeAttr(m)
+	if err != nil {
+		return nil, err
+	}
+	switch m.Propagation {
+	case runtime.PropagationHostToContainer:
+		attr.Propagation = unix.MS_SLAVE
+	case runtime.PropagationBidirectional:
+		attr.Propagation = unix.MS_SHARED
+	default:
+		attr.Propagation = unix.MS_PRIVATE
+	}
+	if err := x.applyVolumeAttr(ctx, c, m, t, attr); err != nil {
+		return nil, err
+	}
+	return &volume{tree: t, dir: st.Mode&unix.S_IFMT == unix.S_IFDIR}, nil
+}
+
+func (x *Executor) applyVolumeAttr(ctx context.Context, c *runtime.Container, m *runtime.Mount, t *os.File, attr unix.MountAttr) error {
+	if len(m.UIDMap) > 0 || len(m.GIDMap) > 0 {
+		ns, err := x.mappingNamespace(ctx, m.UIDMap, m.GIDMap)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = ns.Close() }()
+		if err := idmap(t, ns, true); err != nil {
+			return errs.New(errs.Of(err), "volume %s: %w", m.ContainerPath, err)
+		}
+	}
+	// Propagation goes for the whole tree, attributes for the top mount unless
+	// the request says recursive.
+	if err := sys.SetAttr(t, true, unix.MountAttr{Propagation: attr.Propagation}); err != nil {
+		return errs.New(errs.Internal, "volume %s: set propagation: %w", m.ContainerPath, err)
+	}
+	attr.Propagation = 0
+	if attr.Attr_set == 0 {
+		return nil
+	}
+	if err := sys.SetAttr(t, m.RecursiveReadonly, attr); err != nil {
+		return errs.New(errs.Internal, "volume %s: set mount flags: %w", m.ContainerPath, err)
+	}
+	return nil
+}
+
+// volumeAttr turns readonly, recursive_readonly and mount_options into
+// attributes.
+func volumeAttr(m *runtime.Mount) (unix.MountAttr, error) {
+	var a unix.MountAttr
+	a.Attr_set = readonlyIf(m.Readonly || m.RecursiveReadonly)
+	if m.RecursiveReadonly && (!m.Readonly || (m.Propagation != runtime.PropagationPrivate && m.Propagation != "")) {
+		return a, errs.New(errs.InvalidArgument, "volume %s: recursive_read_only needs readonly and private propagation", m.ContainerPath)
+	}
+	for _, o := range m.Options {
+		switch o {
+		case "noexec":
+			a.Attr_set |= unix.MOUNT_ATTR_NOEXEC
+		case "nodev":
+			a.Attr_set |= unix.MOUNT_ATTR_NODEV
+		case "nosuid":
+			a.Attr_set |= unix.MOUNT_ATTR_NOSUID
+		default:
+			return a, errs.New(errs.InvalidArgument, "volume %s: unknown mount option %q; noexec, nodev and nosuid are known", m.ContainerPath, o)
+		}
+	}
+	return a, nil
+}
+
+// checkPropagation refuses what the kernel would silently not do: propagation
+// needs a source that is shared (or, for host-to-container, a slave).
+func checkPropagation(m *runtime.Mount, userns bool) error {
+	if m.Propagation == "" || m.Propagation == runtime.PropagationPrivate {
+		return nil
+	}
+	if userns && m.Propagation == runtime.PropagationBidirectional {
+		return errs.New(errs.InvalidArgument, "volume %s: bidirectional propagation is not possible in a user namespace", m.ContainerPath)
+	}
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, m.HostPath, 0, unix.STATX_MNT_ID, &st); err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			return errs.New(errs.FailedPrecondition, "volume %s: host path %s does not exist", m.ContainerPath, m.HostPath)
+		}
+		return errs.New(errs.Internal, "volume %s: stat %s: %w", m.ContainerPath, m.HostPath, err)
+	}
+	infos, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
+		match := uint64(i.ID) == st.Mnt_id
+		return !match, match
+	})
+	if err != nil || len(infos) == 0 {
+		return errs.New(errs.Internal, "volume %s: find the mount of %s: %w", m.ContainerPath, m.HostPath, err)
+	}
+	shared := strings.Contains(infos[0].Optional, "shared:")
+	slave := strings.Contains(infos[0].Optional, "master:")
+	if shared || (slave && m.Propagation == runtime.PropagationHostToContainer) {
+		return nil
+	}
+	return errs.New(errs.FailedPrecondition, "volume %s: host path %s is on the mount %s, which is not shared; `mount --make-rshared` it first", m.ContainerPath, m.HostPath, infos[0].Mountpoint)
+}
+
+// openImageVolume mounts the layers of an image read-only.
+func (x *Executor) openImageVolume(ctx context.Context, c *runtime.Container, m *runtime.Mount, iv runtime.ImageVolume) (*volume, error) {
+	fail := func(err error) error {
+		return errs.New(errs.Of(err), "ImageVolumeMountFailed: volume %s: %w", m.ContainerPath, err)
+	}
+	r := runtime.Rootfs{Lower: iv.Lower}
+	var t *os.File
+	var err error
+	if iv.SubPath == "" {
+		t, err = x.MountRootfs(ctx, c.ID, r, c.UIDMap, c.GIDMap)
+	} else {
+		t, err = x.imageSubPath(ctx, c, r, iv.SubPath)
+	}
+	if err != nil {
+		return nil, fail(err)
+	}
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV, Propagation: unix.MS_PRIVATE}
+	if err := sys.SetAttr(t, true, attr); err != nil {
+		_ = t.Close()
+		return nil, fail(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(t.Fd()), &st); err != nil {
+		_ = t.Close()
+		return nil, fail(err)
+	}
+	return &volume{tree: t, dir: st.Mode&unix.S_IFMT == unix.S_IFDIR}, nil
+}
+
+// imageSubPath clones a folder of an image: attached for a moment in a private
+// namespace, for older kernels clone nothing of a detached mount.
+func (x *Executor) imageSubPath(ctx context.Context, c *runtime.Container, r runtime.Rootfs, sub string) (*os.File, error) {
+	whole, err := x.MountRootfs(ctx, c.ID, r, c.UIDMap, c.GIDMap)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = whole.Close() }()
+	var t *os.File
+	err = sys.PrivateMounts(func() error {
+		at, err := os.OpenFile("/proc", unix.O_PATH|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = at.Close() }()
+		if err := sys.Attach(whole, at); err != nil {
+			return err
+		}
+		f, err := sys.OpenInRoot(whole, sub, unix.O_PATH)
+		if err != nil {
+			if errors.Is(err, unix.ENOENT) {
+				return errs.New(errs.NotFound, "the image has no %q", sub)
+			}
+			return err
+		}
+		defer func() { _ = f.Close() }()
+		t, err = sys.CloneTree(int(f.Fd()), "", false)
+		return err
+	})
+	return t, err
+}
+
+// assemble builds the container's tree. It runs on a thread inside the child's
+// new mount namespace and ends with the old root gone: what is not attached
+// here does not exist for the container.
+func (p *place) assemble(c *runtime.Container) error {
+	at, err := os.OpenFile("/rootfs", unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return fmt.Errorf("open the place for the root file system: %w", err)
+	}
+	defer func() { _ = at.Close() }()
+	if err := sys.Attach(p.root, at); err != nil {
+		return err
+	}
+	steps := []struct {
+		name string
+		do   func(*runtime.Container) error
+	}{
+		{"mount /proc", p.mountProc}, {"mount /sys", p.mountSys}, {"mount /dev", p.mountDev},
+		{"make image volumes", p.makeVolumes}, {"mount volumes", p.mountVolumes},
+		{"make the working directory", p.makeWorkdir}, {"mask paths", p.mask},
+		{"make the root file system read-only", p.readonlyRoot}, {"pivot", p.pivot},
+	}
+	for _, s := range steps {
+		if err := s.do(c); err != nil {
+			return errs.New(errs.Of(err), "%s: %w", s.name, err)
+		}
+	}
+	return nil
+}
+
+// mountOn attaches tree on a real directory of the root.
+func (p *place) mountOn(name string, tree *os.File) error {
+	d, err := sys.OpenRealDir(p.root, name)
+	if err != nil {
+		return errs.Wrap(errs.InvalidArgument, err)
+	}
+	defer func() { _ = d.Close() }()
+	return sys.Attach(tree, d)
+}
+
+func (p *place) mountProc(*runtime.Container) error {
+	if err := sys.CheckProc(p.fs["proc"]); err != nil {
+		return err
+	}
+	return p.mountOn("/proc", p.fs["proc"])
+}
+
+func (p *place) mountSys(c *runtime.Container) error {
+	s := p.fs["sysfs"]
+	if s == nil {
+		s = p.sys
+	}
+	if err := p.mountOn("/sys", s); err != nil {
+		return err
+	}
+	if cg := p.fs["cgroup2"]; cg != nil {
+		if err := p.mountOn("/sys/fs/cgroup", cg); err != nil {
+			return err
+		}
+		if !c.Privileged {
+			if err := sys.SetAttr(cg, false, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
+				return err
+			}
+		}
+	} else if err := p.mountCgroupV1(); err != nil {
+		return err
+	}
+	if c.Privileged {
+		return nil
+	}
+	return sys.SetAttr(s, false, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+}
+
+// mountCgroupV1 shows the container its own folder of each hierarchy.
+func (p *place) mountCgroupV1() error {
+	if len(p.cgroups) == 0 || p.fs["sysfs"] == nil {
+		return nil
+	}
+	t, err := sys.NewFs("tmpfs", unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC,
+		sys.FsOption{Key: "mode", Value: "0755"}, sys.FsOption{Key: "size", Value: "64k"})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = t.Close() }()
+	if err := p.mountOn("/sys/fs/cgroup", t); err != nil {
+		return err
+	}
+	for _, v := range p.cgroups {
+		if err := unix.Mkdirat(int(t.Fd()), v.path, 0o755); err != nil {
+			return fmt.Errorf("make /sys/fs/cgroup/%s: %w", v.path, err)
+		}
+		d, err := sys.OpenBeneath(t, v.path, unix.O_PATH|unix.O_DIRECTORY)
+		if err != nil {
+			return err
+		}
+		err = sys.Attach(v.tree, d)
+		_ = d.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return sys.SetAttr(t, false, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+}
+
+func (p *place) mountDev(c *runtime.Container) error {
+	if err := p.mountOn("/dev", p.devices.dev); err != nil {
+		return err
+	}
+	if err := p.mountOn("/dev/pts", p.devices.pts); err != nil {
+		return err
+	}
+	if q := p.fs["mqueue"]; q != nil {
+		if err := p.mountOn("/dev/mqueue", q); err != nil {
+			return err
+		}
+	}
+	if !c.TTY {
+		return nil
+	}
+	// O_EXCL on our own tmpfs, and the terminal bound by descriptor
+	// (CVE-2025-52565: a console that is a link).
+	if err := unix.Mknodat(int(p.devices.dev.Fd()), "console", unix.S_IFREG|0o600, 0); err != nil {
+		return fmt.Errorf("make /dev/console: %w", err)
+	}
+	f, err := sys.OpenBeneath(p.devices.dev, "console", unix.O_PATH)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	t, err := sys.CloneTree(int(p.devices.slave.Fd()), "", false)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = t.Close() }()
+	return sys.Attach(t, f)
+}
+
+// makeVolumes makes the folders that the image declares as VOLUME. When the
+// root is read-only they are shown through a second, writable mount of the
+// same overlay: their content is there without a copy.
+func (p *place) makeVolumes(c *runtime.Container) error {
+	own := map[string]bool{}
+	for _, m := range c.Mounts {
+		own[path.Clean("/"+m.ContainerPath)] = true
+	}
+	for _, v := range c.Volumes {
+		if own[path.Clean(v)] {
+			continue
+		}
+		d, err := sys.EnsureInRoot(p.root, v, true)
+		if err != nil {
+			return errs.New(errs.InvalidArgument, "VOLUME %s of the image: %w", v, err)
+		}
+		err = p.checkTarget(d, v, c)
+		if err == nil && c.Spec.Root != nil && c.Spec.Root.Readonly {
+			var t *os.File
+			if t, err = sys.CloneTree(int(d.Fd()), "", false); err == nil {
+				err = sys.Attach(t, d)
+				_ = t.Close()
+			}
+		}
+		_ = d.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkTarget refuses a mount point that turns out to lie in procfs, sysfs or
+// a cgroup file system, whatever its path looked like (CVE-2025-52881,
+// CVE-2015-3630).
+//
+// A privileged container may mount below /sys, for it could do so itself (CSI
+// drivers and device plugins bind the host's); anybody may put the host's bpf
+// file system on its usual place.
+func (p *place) checkTarget(f *os.File, name string, c *runtime.Container) error {
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return fmt.Errorf("check the mount point %s: %w", name, err)
+	}
+	switch fs.Type {
+	case unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC:
+		if c.Privileged || name == "/sys/fs/bpf" {
+			return nil
+		}
+		fallthrough
+	case unix.PROC_SUPER_MAGIC:
+		return errs.New(errs.InvalidArgument, "cannot mount on %s: it lies in /proc or /sys", name)
+	}
+	return nil
+}
+
+func (p *place) mountVolumes(c *runtime.Container) error {
+	for _, v := range p.volumes {
+		if err := p.mountVolume(v, c); err != nil {
+			return errs.New(errs.Of(err), "volume %s: %w", v.path, err)
+		}
+	}
+	return nil
+}
+
+func (p *place) mountVolume(v volume, c *runtime.Container) error {
+	if v.path == "/" || v.path == "/proc" {
+		return errs.New(errs.InvalidArgument, "a volume cannot take the place of %s", v.path)
+	}
+	at, err := sys.EnsureInRoot(p.root, v.path, v.dir)
+	if err != nil {
+		return errs.Wrap(errs.FailedPrecondition, err)
+	}
+	defer func() { _ = at.Close() }()
+	if err := p.checkTarget(at, v.path, c); err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(at.Fd()), &st); err == nil && (st.Mode&unix.S_IFMT == unix.S_IFDIR) != v.dir {
+		return errs.New(errs.FailedPrecondition, "the source is %s and the place in the image is %s", kindName(v.dir), kindName(!v.dir))
+	}
+	return sys.Attach(v.tree, at)
+}
+
+func kindName(dir bool) string {
+	if dir {
+		return "a directory"
+	}
+	return "a file"
+}
+
+func (p *place) makeWorkdir(c *runtime.Container) error {
+	d, err := sys.EnsureInRoot(p.root, c.Spec.Process.Cwd, true)
+	if err != nil {
+		if errors.Is(err, unix.EROFS) {
+			return errs.New(errs.FailedPrecondition, "working directory %s does not exist and cannot be made there", c.Spec.Process.Cwd)
+		}
+		return errs.New(errs.InvalidArgument, "working directory: %w", err)
+	}
+	defer func() { _ = d.Close() }()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(d.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return errs.New(errs.InvalidArgument, "working directory %s is not a directory", c.Spec.Process.Cwd)
+	}
+	return nil
+}
+
+// mask hides the masked paths and makes the read-only ones so.
+func (p *place) mask(c *runtime.Container) error {
+	if c.Spec.Linux == nil {
+		return nil
+	}
+	for _, name := range c.Spec.Linux.ReadonlyPaths {
+		if err := p.readonlyPath(name); err != nil {
+			return err
+		}
+	}
+	var empty *os.File
+	defer func() {
+		if empty != nil {
+			_ = empty.Close()
+		}
+	}()
+	for _, name := range c.Spec.Linux.MaskedPaths {
+		f, err := p.openMask(name)
+		if err != nil {
+			return err
+		}
+		if f == nil {
+			continue
+		}
+		err = p.maskOne(f, &empty)
+		_ = f.Close()
+		if err != nil {
+			return fmt.Errorf("mask %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// openMask opens a path to be masked; nil when it does not exist.
+func (p *place) openMask(name string) (*os.File, error) {
+	f, err := sys.OpenInRoot(p.root, name, unix.O_PATH)
+	if err != nil {
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+			return nil, nil
+		}
+		return nil, err
+	}
+	return f, nil
+}
+
+func (p *place) maskOne(f *os.File, empty **os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		null, err := p.devices.null(unix.O_PATH)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = null.Close() }()
+		t, err := sys.CloneTree(int(null.Fd()), "", false)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = t.Close() }()
+		return sys.Attach(t, f)
+	}
+	// One empty read-only tmpfs serves all directories.
+	if *empty == nil {
+		t, err := sys.NewFs("tmpfs", unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC,
+			sys.FsOption{Key: "nr_inodes", Value: "2"}, sys.FsOption{Key: "size", Value: "4k"}, sys.FsOption{Key: "mode", Value: "0555"}, sys.FsOption{Key: "ro", Flag: true})
+		if err != nil {
+			return err
+		}
+		*empty = t
+		return sys.Attach(t, f)
+	}
+	t, err := sys.CloneTree(int((*empty).Fd()), "", false)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = t.Close() }()
+	return sys.Attach(t, f)
+}
+
+func (p *place) readonlyPath(name string) error {
+	f, err := p.openMask(name)
+	if err != nil || f == nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	t, err := sys.CloneTree(int(f.Fd()), "", true)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = t.Close() }()
+	if err := sys.SetAttr(t, true, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY, Propagation: unix.MS_PRIVATE}); err != nil {
+		return err
+	}
+	return sys.Attach(t, f)
+}
+
+func (p *place) readonlyRoot(c *runtime.Container) error {
+	if c.Spec.Root == nil || !c.Spec.Root.Readonly {
+		return nil
+	}
+	return sys.SetAttr(p.root, false, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+}
+
+// pivot makes the container's root the root of the namespace, for the waiting
+// child too, and lets go of the old one.
+func (p *place) pivot(*runtime.Container) error {
+	if err := unix.Fchdir(int(p.root.Fd())); err != nil {
+		// p.root is a mount descriptor without read permission on old kernels.
+		if err := unix.Chdir("/rootfs"); err != nil {
+			return fmt.Errorf("enter the root file system: %w", err)
+		}
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("pivot_root: %w", err)
+	}
+	// The old root lies on top of the new one now.
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("detach the old root: %w", err)
+	}
+	return nil
+}
