@@ -1,0 +1,135 @@
+package sandbox
+
+import (
+	"context"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+
+	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/namespaces"
+	"github.com/naru-project/naru/sandbox/ipam"
+)
+
+// AutoCIDR as the only pod CIDR means: whatever UpdateRuntimeConfig tells.
+const AutoCIDR = "auto"
+
+// Config of a Manager. Start from DefaultConfig.
+type Config struct {
+	// RunDir gets the folders ns (pinned namespaces) and pods (files of pods).
+	// It belongs to one boot.
+	RunDir string
+	// StateFile keeps pod CIDRs told by UpdateRuntimeConfig over restarts.
+	StateFile string
+	// PodCIDRs are IPv4 or IPv6 ranges, primary family first, or AutoCIDR alone.
+	PodCIDRs []string
+	// NonMasqueradeCIDRs are destinations that see pods' own addresses: the
+	// whole cluster's pod range belongs here. The node's own always does.
+	NonMasqueradeCIDRs []string
+	// MTU of pod links; 0 = that of the link with the default route.
+	MTU int
+	// HostPorts maps ports of the node; without, mappings are ignored.
+	HostPorts bool
+	// Table is the name of the nftables table (family inet), LinkPrefix starts
+	// the names of host links, LinkGroup is their link group. Two daemons on
+	// one host need different tables and prefixes.
+	Table      string
+	LinkPrefix string
+	LinkGroup  uint32
+	// UnprivilegedPorts lets any process of a pod bind ports below 1024, and
+	// UnprivilegedPing lets it ping without CAP_NET_RAW, unless the pod's own
+	// sysctls say otherwise.
+	UnprivilegedPorts bool
+	UnprivilegedPing  bool
+	// PoolSize is how many namespaces with a network are kept ready.
+	PoolSize int
+	// HostEtc is where the host's hosts and resolv.conf are.
+	HostEtc string
+	// HostResolv is the fallback where HostEtc's resolv.conf names only servers
+	// on the loopback, as that of systemd-resolved does.
+	HostResolv string
+}
+
+// DefaultConfig is what an installation without configuration uses.
+func DefaultConfig() Config {
+	return Config{
+		RunDir:     "/run/naru",
+		StateFile:  "/var/lib/naru/network.json",
+		PodCIDRs:   []string{AutoCIDR},
+		HostPorts:  true,
+		Table:      "naru",
+		LinkPrefix: "naru",
+		LinkGroup:  0x6e617275, // "naru"
+		PoolSize:   2,
+		HostEtc:    "/etc",
+		HostResolv: "/run/systemd/resolve/resolv.conf",
+	}
+}
+
+// NamespaceMaker makes the namespaces that a process with threads cannot make.
+type NamespaceMaker interface {
+	// Make makes new namespaces and returns them open; the caller closes them.
+	Make(ctx context.Context, r namespaces.Request) (*namespaces.Files, error)
+	// Release ends what keeps them alive (the pod's init). Unknown ids are no error.
+	Release(ctx context.Context, id string) error
+}
+
+// Deps are what a Manager needs of others.
+type Deps struct {
+	Namespaces NamespaceMaker // may be nil: then pods with user or shared PID namespace are refused
+}
+
+var (
+	tableName  = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,30}$`)
+	linkPrefix = regexp.MustCompile(`^[a-z][a-z0-9]{0,5}$`)
+	sandboxID  = regexp.MustCompile(`^[0-9a-f]{64}$`)
+)
+
+// Limits of an Ethernet MTU that carries IPv6 (RFC 8200 5).
+const (
+	minMTU     = 1280
+	maxMTU     = 65535
+	defaultMTU = 1500
+)
+
+// parsed is a Config that was found good.
+type parsed struct {
+	auto  bool
+	cidrs []netip.Prefix
+	plain []netip.Prefix
+}
+
+func (c *Config) check() (p parsed, err error) {
+	bad := func(format string, args ...any) (parsed, error) {
+		return parsed{}, errs.New(errs.InvalidArgument, format, args...)
+	}
+	switch {
+	case !filepath.IsAbs(c.RunDir):
+		return bad("run folder %q is not absolute", c.RunDir)
+	case !tableName.MatchString(c.Table):
+		return bad("nftables table %q is no plain name", c.Table)
+	case !linkPrefix.MatchString(c.LinkPrefix):
+		return bad("link prefix %q must be 1 to 6 letters and digits", c.LinkPrefix)
+	case c.LinkGroup == 0:
+		return bad("link group 0 is the group of all links")
+	case c.MTU != 0 && (c.MTU < minMTU || c.MTU > maxMTU):
+		return bad("MTU %d is outside %d to %d", c.MTU, minMTU, maxMTU)
+	case c.PoolSize < 0 || c.PoolSize > 64:
+		return bad("pool size %d is outside 0 to 64", c.PoolSize)
+	}
+	if p.plain, err = ipam.ParsePrefixes(c.NonMasqueradeCIDRs...); err != nil {
+		return parsed{}, err
+	}
+	if len(c.PodCIDRs) == 0 || len(c.PodCIDRs) == 1 && c.PodCIDRs[0] == AutoCIDR {
+		if c.StateFile == "" {
+			return bad("pod CIDR %q needs a state file", AutoCIDR)
+		}
+		p.auto = true
+		return p, nil
+	}
+	if p.cidrs, err = ipam.ParsePrefixes(c.PodCIDRs...); err != nil {
+		return parsed{}, err
+	}
+	p.cidrs, err = ipam.Check(p.cidrs)
+	return p, err
+}
