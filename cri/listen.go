@@ -1,0 +1,192 @@
+package cri
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
+)
+
+// maxSocketPath is what fits in sockaddr_un with its final zero (unix(7)).
+const maxSocketPath = 107
+
+// Listen makes the unix socket at path for root alone, or also for members of
+// allowGIDs. Whoever can connect is root on this node, so:
+//
+//   - a missing parent folder is made with mode 0700, and one that others may
+//     write to is refused;
+//   - the socket is made in a private folder, given its mode and then renamed
+//     to path, so that nobody finds it half made;
+//   - a stale socket is replaced, a living one or anything else is an error;
+//   - each connection's peer is asked of the kernel again (SO_PEERCRED), in
+//     case the socket file gets into wrong hands.
+func Listen(path string, allowGIDs []uint32) (net.Listener, error) {
+	if err := checkSocketPath(path); err != nil {
+		return nil, err
+	}
+	dir := filepath.Dir(path)
+	if err := prepareFolder(dir); err != nil {
+		return nil, err
+	}
+	if err := checkStale(path); err != nil {
+		return nil, err
+	}
+	l, info, err := bindAndRename(dir, path, allowGIDs)
+	if err != nil {
+		return nil, errs.New(errs.Internal, "make socket %s: %w", path, err)
+	}
+	return &peerListener{UnixListener: l, path: path, info: info, gids: slices.Clone(allowGIDs)}, nil
+}
+
+func checkSocketPath(path string) error {
+	switch {
+	case !filepath.IsAbs(path) || filepath.Clean(path) != path:
+		return invalid("socket path %q is not an absolute, clean path", path)
+	case len(path) > maxSocketPath:
+		return invalid("socket path %q is longer than %d bytes", path, maxSocketPath)
+	case strings.ContainsRune(path, 0):
+		return invalid("socket path %q holds a zero byte", path)
+	}
+	return nil
+}
+
+func prepareFolder(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return errs.New(errs.Internal, "make socket folder: %w", err)
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return errs.New(errs.Internal, "look at socket folder: %w", err)
+	}
+	if info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
+		return errs.New(errs.FailedPrecondition, "socket folder %s may be written by others (mode %04o); run chmod go-w on it", dir, info.Mode().Perm())
+	}
+	return nil
+}
+
+// checkStale makes sure that path is free or a socket that nobody serves.
+func checkStale(path string) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return errs.New(errs.Internal, "look at socket path: %w", err)
+	case info.Mode().Type() != fs.ModeSocket:
+		return errs.New(errs.FailedPrecondition, "%s exists and is not a socket (%s); remove it or configure another path", path, info.Mode())
+	}
+	c, err := net.DialTimeout("unix", path, time.Second)
+	if err == nil {
+		_ = c.Close()
+		return errs.New(errs.FailedPrecondition, "socket %s is served by another process", path)
+	}
+	return nil
+}
+
+func bindAndRename(dir, path string, gids []uint32) (*net.UnixListener, fs.FileInfo, error) {
+	private, err := os.MkdirTemp(dir, ".n") // mode 0700
+	if err != nil {
+		return nil, nil, err
+	}
+	defer os.RemoveAll(private)
+	temp := filepath.Join(private, "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temp, Net: "unix"})
+	if err != nil {
+		return nil, nil, err
+	}
+	l.SetUnlinkOnClose(false) // it would unlink the old name; Close does it
+	info, err := publish(temp, path, gids)
+	if err != nil {
+		_ = l.Close()
+		return nil, nil, err
+	}
+	return l, info, nil
+}
+
+// publish gives the socket its owner and mode and then its name.
+func publish(temp, path string, gids []uint32) (fs.FileInfo, error) {
+	mode := fs.FileMode(0o600)
+	if len(gids) > 0 {
+		mode = 0o660
+		if err := os.Chown(temp, -1, int(gids[0])); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.Chmod(temp, mode); err != nil {
+		return nil, err
+	}
+	info, err := os.Lstat(temp)
+	if err != nil {
+		return nil, err
+	}
+	return info, os.Rename(temp, path) // replaces a stale socket, never follows a link
+}
+
+// peerListener accepts only peers that may use the socket.
+type peerListener struct {
+	*net.UnixListener
+	path string
+	info fs.FileInfo // of the socket file
+	gids []uint32
+	once sync.Once
+}
+
+// Accept implements net.Listener.
+func (l *peerListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		if err := l.admit(c); err != nil {
+			klog.InfoS("Refused a connection to the CRI socket", "err", err)
+			_ = c.Close()
+			continue
+		}
+		return c, nil
+	}
+}
+
+func (l *peerListener) admit(c *net.UnixConn) error {
+	cred, err := sys.PeerCredentials(c)
+	if err != nil {
+		return err
+	}
+	return admit(cred, l.gids)
+}
+
+// admit lets in root and members of the given groups.
+func admit(cred sys.PeerCred, gids []uint32) error {
+	if cred.UID == 0 {
+		return nil
+	}
+	for _, gid := range gids {
+		if cred.GID == gid || slices.Contains(cred.Groups, gid) {
+			return nil
+		}
+	}
+	return fmt.Errorf("process %d of user %d is not allowed", cred.PID, cred.UID)
+}
+
+// Close implements net.Listener. It removes the socket file unless another
+// one has taken its place.
+func (l *peerListener) Close() error {
+	err := l.UnixListener.Close()
+	l.once.Do(func() {
+		if now, statErr := os.Lstat(l.path); statErr == nil && os.SameFile(now, l.info) {
+			_ = os.Remove(l.path)
+		}
+	})
+	return err
+}
