@@ -1,0 +1,66 @@
+package main
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/naru-project/naru/cmd/shim/doctor"
+	"github.com/naru-project/naru/internal/config"
+)
+
+func doctorCommand(o *options) *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "doctor",
+		Short: "Look at this host: what it lacks for running pods, and what follows",
+		Long: `Look at this host and say of each thing that pods need whether it is there (OK),
+unusual (WARN) or missing (FAIL), and what follows. Nothing is changed. It needs
+root to see everything. The exit code is 1 when something FAILs.`,
+		Example: `  naru doctor
+  naru doctor --json | jq '.[] | select(.status != "OK")'`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			cfg, err := o.load()
+			if err != nil {
+				return err
+			}
+			results := doctor.Run(c.Context(), doctorConfig(cfg))
+			if asJSON {
+				if err := printJSON(c.OutOrStdout(), results); err != nil {
+					return err
+				}
+			} else {
+				printResults(c.OutOrStdout(), results)
+			}
+			if doctor.Worst(results) == doctor.Fail {
+				return silentError{}
+			}
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	return c
+}
+
+func doctorConfig(cfg *config.Config) doctor.Config {
+	return doctor.Config{
+		Root: cfg.Root, Run: cfg.Run, Socket: cfg.Socket, CgroupDriver: cfg.Cgroup.Driver, Table: cfg.Network.Table,
+		UserNS:  cfg.Runtime.UserNamespaces,
+		Monitor: func() (string, error) { return monitorBinary(cfg.Runtime.Monitor) },
+		Holder:  []string{"/proc/self/exe", "hold"},
+	}
+}
+
+func printResults(w io.Writer, results []doctor.Result) {
+	count := map[doctor.Status]int{}
+	for _, r := range results {
+		count[r.Status]++
+		fmt.Fprintf(w, "%-4s  %-17s %s\n", r.Status, r.Name, clean(r.Detail))
+		if r.Follows != "" {
+			fmt.Fprintf(w, "%23s → %s\n", "", clean(r.Follows))
+		}
+	}
+	fmt.Fprintf(w, "\n%d OK, %d WARN, %d FAIL\n", count[doctor.OK], count[doctor.Warn], count[doctor.Fail])
+}

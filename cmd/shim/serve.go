@@ -1,0 +1,318 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/klog/v2"
+
+	"github.com/naru-project/naru/cri"
+	"github.com/naru-project/naru/cri/streaming"
+	"github.com/naru-project/naru/images"
+	"github.com/naru-project/naru/images/registry"
+	"github.com/naru-project/naru/internal/config"
+	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/notify"
+	"github.com/naru-project/naru/pod"
+	"github.com/naru-project/naru/runtime/cgroup"
+	"github.com/naru-project/naru/runtime/monitor"
+	"github.com/naru-project/naru/runtime/native"
+	"github.com/naru-project/naru/runtime/stats"
+	"github.com/naru-project/naru/sandbox"
+)
+
+// shutdownTime is how long running requests may take to end after SIGTERM.
+const shutdownTime = 20 * time.Second
+
+// healthTime bounds the question to the monitor that each Status call asks.
+const healthTime = 2 * time.Second
+
+// daemon is everything that serves, in the order in which it is made.
+type daemon struct {
+	cfg     *config.Config
+	lock    *os.File
+	cgroups *cgroup.Driver
+	monitor *monitor.Client
+	exec    *native.Executor
+	sandbox *sandbox.Manager
+	images  *images.Store
+	pods    *pod.Manager
+	server  *cri.Server
+	closers []func() error
+}
+
+// runServe runs the daemon until ctx ends.
+func runServe(ctx context.Context, cfg *config.Config) (err error) {
+	d := &daemon{cfg: cfg}
+	defer func() { err = errors.Join(err, d.close()) }()
+	for _, s := range []struct {
+		name string
+		do   func(context.Context) error
+	}{
+		{"prepare folders", d.prepareFolders}, {"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor},
+		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer},
+	} {
+		if err := s.do(ctx); err != nil {
+			return errs.New(errs.Of(err), "%s: %w", s.name, err)
+		}
+	}
+	return d.serve(ctx)
+}
+
+// prepareFolders makes the roots private and takes the lock: two daemons on
+// one root would undo each other's work.
+func (d *daemon) prepareFolders(context.Context) error {
+	unix.Umask(0o077)
+	for _, dir := range []string{d.cfg.Root, d.cfg.Run} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return errs.New(errs.Internal, "make %s: %w", dir, err)
+		}
+		if err := os.Chmod(dir, 0o700); err != nil {
+			return errs.New(errs.Internal, "tighten %s: %w", dir, err)
+		}
+	}
+	f, err := os.OpenFile(filepath.Join(d.cfg.Root, "lock"), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return errs.New(errs.Internal, "open the lock of %s: %w", d.cfg.Root, err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = f.Close()
+		return errs.New(errs.FailedPrecondition, "another naru uses %s; stop it first or set another root", d.cfg.Root)
+	}
+	d.lock = f
+	d.closers = append(d.closers, f.Close)
+	return nil
+}
+
+func (d *daemon) openCgroups(context.Context) (err error) {
+	d.cgroups, err = cgroup.New(cgroup.Config{Driver: d.cfg.Cgroup.Driver, DefaultParent: d.cfg.Cgroup.DefaultParent, StateDir: filepath.Join(d.cfg.Run, "cgroups")})
+	if err == nil {
+		d.closers = append(d.closers, func() error { d.cgroups.Close(); return nil })
+	}
+	return err
+}
+
+func (d *daemon) reachMonitor(ctx context.Context) (err error) {
+	dir := d.cfg.Runtime.MonitorDir
+	if dir == "" {
+		dir = filepath.Join(d.cfg.Run, "monitor")
+	}
+	bin, err := monitorBinary(d.cfg.Runtime.Monitor)
+	if err != nil {
+		return err
+	}
+	if d.monitor, err = monitor.Ensure(ctx, bin, dir); err != nil {
+		return err
+	}
+	d.closers = append(d.closers, d.monitor.Close)
+	floor, err := oomScoreFloor()
+	if err != nil {
+		return err
+	}
+	d.exec, err = native.New(native.Config{
+		RunDir: d.cfg.Run, Cgroups: d.cgroups, Monitor: d.monitor, Stats: stats.New(d.cgroups), OOMScoreFloor: floor,
+	})
+	if err == nil {
+		d.closers = append(d.closers, d.exec.Close)
+	}
+	return err
+}
+
+// monitorBinary finds naru-monitor: as configured, beside this program, or in PATH.
+func monitorBinary(configured string) (string, error) {
+	if configured != "" {
+		return configured, nil
+	}
+	self, err := os.Executable()
+	if err == nil {
+		p := filepath.Join(filepath.Dir(self), "naru-monitor")
+		if _, err := os.Stat(p); err == nil {
+			return p, nil
+		}
+	}
+	for dir := range strings.SplitSeq(os.Getenv("PATH"), ":") {
+		p := filepath.Join(dir, "naru-monitor")
+		if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() {
+			return p, nil
+		}
+	}
+	return "", errs.New(errs.FailedPrecondition, "naru-monitor is neither beside naru nor in PATH; set runtime.monitor in the configuration")
+}
+
+// oomScoreFloor is the lowest oom_score_adj that this process can give to
+// others: any with CAP_SYS_RESOURCE, else its own.
+func oomScoreFloor() (int, error) {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		return 0, errs.New(errs.Internal, "capget: %w", err)
+	}
+	if data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+		return -1000, nil
+	}
+	b, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return 0, errs.New(errs.Internal, "read oom_score_adj: %w", err)
+	}
+	v, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0, errs.New(errs.Internal, "read oom_score_adj: %w", err)
+	}
+	klog.InfoS("Without CAP_SYS_RESOURCE a container's oom_score_adj is not set below our own", "floor", v)
+	return v, nil
+}
+
+func (d *daemon) openImages(ctx context.Context) (err error) {
+	d.images, err = images.Open(ctx, images.Config{
+		Root: filepath.Join(d.cfg.Root, "images"), Pinned: d.cfg.Images.Pinned, MaxLayers: d.cfg.Images.Layers, PullTimeout: d.cfg.Images.PullTimeout.D(),
+		Registry: registry.Config{HostDirs: d.cfg.Images.RegistryDirs, ProgressTimeout: d.cfg.Images.Progress.D()},
+	})
+	if err == nil {
+		d.closers = append(d.closers, d.images.Close)
+	}
+	return err
+}
+
+func (d *daemon) openSandboxes(ctx context.Context) (err error) {
+	c, n := sandbox.DefaultConfig(), d.cfg.Network
+	c.RunDir, c.StateFile = d.cfg.Run, filepath.Join(d.cfg.Root, "network.json")
+	c.PodCIDRs, c.NonMasqueradeCIDRs, c.MTU, c.HostPorts = n.PodCIDR, n.NonMasquerade, n.MTU, n.HostPorts
+	c.UnprivilegedPorts, c.UnprivilegedPing = n.UnprivilegedPorts, n.UnprivilegedPing
+	c.Table, c.LinkPrefix, c.PoolSize = n.Table, n.LinkPrefix, n.Pool
+	if d.sandbox, err = sandbox.New(c, sandbox.Deps{Namespaces: native.Maker{X: d.exec}}); err != nil {
+		return err
+	}
+	if err := d.sandbox.Start(ctx); err != nil {
+		return err
+	}
+	d.closers = append(d.closers, d.sandbox.Close)
+	return nil
+}
+
+func handlerNames(cfg *config.Config) []string {
+	return slices.Sorted(maps.Keys(cfg.Handlers))
+}
+
+func (d *daemon) openPods(context.Context) (err error) {
+	fs, err := d.images.FsInfo()
+	if err != nil {
+		return err
+	}
+	d.pods, err = pod.New(pod.Config{
+		StateDir: filepath.Join(d.cfg.Root, "state"), Sync: d.cfg.SyncRecs, Handlers: append([]string{"", "naru"}, handlerNames(d.cfg)...), WritableMountpoint: fs.Mountpoint,
+	}, pod.Deps{Executor: d.exec, Sandboxes: d.sandbox, Images: d.images, Cgroups: d.cgroups})
+	return err
+}
+
+func (d *daemon) openServer(context.Context) error {
+	d.server = cri.New(cri.Config{
+		Version: version, Handlers: handlerNames(d.cfg), Verbose: func() any { return d.cfg },
+		Streaming: streaming.Config{Addr: d.cfg.Stream.Address},
+		Health:    d.health,
+	}, d.pods, d.images, d.host())
+	return d.server.Streams().Listen()
+}
+
+// health asks the monitor: without it no container can be started.
+func (d *daemon) health() error {
+	ctx, cancel := context.WithTimeout(context.Background(), healthTime)
+	defer cancel()
+	return d.monitor.Ping(ctx)
+}
+
+// serve opens the socket at once, so that kubelet's calls wait instead of
+// failing, recovers, and then answers.
+func (d *daemon) serve(ctx context.Context) error {
+	l, err := cri.Listen(d.cfg.Socket, nil)
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	var wg sync.WaitGroup
+	wg.Go(func() { d.exec.Run(ctx) })
+	g := cri.NewGRPCServer(d.server)
+	serveAdmin, stopAdmin, err := openAdmin(d.cfg, d.images, d.pods)
+	if err != nil {
+		_ = l.Close()
+		return err
+	}
+	served := make(chan error, 3)
+	wg.Go(func() { served <- serveAdmin() })
+	wg.Go(func() { served <- g.Serve(l) })
+	wg.Go(func() { served <- d.server.Streams().Serve() })
+
+	report := d.pods.Recover(ctx)
+	klog.InfoS("Recovered", "pods", report.Pods, "containers", report.Containers, "undone", report.Undone, "ended", report.Ended,
+		"lost", report.Lost, "orphans", report.Orphans, "quarantined", report.Quarantined, "problems", report.Problems, "took", report.Took)
+	wg.Go(func() { d.pods.Run(ctx) })
+	d.server.SetReady()
+	klog.InfoS("Serving", "socket", d.cfg.Socket, "version", version)
+	notify.Ready()
+	wg.Go(func() { notify.Watch(ctx, d.selfTest) })
+
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+	}
+	notify.Stopping()
+	klog.InfoS("Stopping; pods go on")
+	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTime)
+	defer cancel()
+	all := []error{err, d.server.Close(sctx)}
+	force := context.AfterFunc(sctx, g.Stop)
+	g.GracefulStop()
+	force()
+	stopAdmin(sctx)
+	stop()
+	wg.Wait()
+	return errors.Join(all...)
+}
+
+// selfTest asks the daemon's own socket for its status: what the watchdog
+// vouches for is what kubelet sees.
+func (d *daemon) selfTest(ctx context.Context) error {
+	c, err := grpc.NewClient("unix://"+d.cfg.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return fmt.Errorf("dial our own socket: %w", err)
+	}
+	defer func() { _ = c.Close() }()
+	_, err = criv1.NewRuntimeServiceClient(c).Status(ctx, &criv1.StatusRequest{})
+	return err
+}
+
+func (d *daemon) close() error {
+	var all []error
+	for i := len(d.closers) - 1; i >= 0; i-- {
+		all = append(all, d.closers[i]())
+	}
+	return errors.Join(all...)
+}
+
+// host tells the CRI edge what this node can do. The kernel is 5.12 or newer:
+// openat2, clone3 and mount_setattr are needed to run any container at all.
+func (d *daemon) host() cri.Host {
+	userns := d.cfg.Runtime.UserNamespaces && userNamespacesAllowed()
+	return cri.Host{
+		SystemdCgroups: d.cgroups.Systemd(), RecursiveReadOnlyMounts: true, MountOptions: true,
+		UserNamespaces: userns, UserNamespacesHostNetwork: userns,
+	}
+}
+
+func userNamespacesAllowed() bool {
+	b, err := os.ReadFile("/proc/sys/user/max_user_namespaces")
+	return err == nil && strings.TrimSpace(string(b)) != "0"
+}

@@ -1,0 +1,387 @@
+// Package config reads Naru's configuration: one TOML file and a folder of
+// drop-ins beside it, merged in the order of their names. An unknown key is an
+// error that suggests the nearest known one; every value is checked, and the
+// message says which file, key and value.
+//
+// It is a leaf: it knows no other package of Naru but the error classes.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sort"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/naru-project/naru/internal/errs"
+)
+
+// DefaultPath is where the daemon looks when it is told nothing.
+const DefaultPath = "/etc/naru/config.toml"
+
+// maxSize bounds one configuration file, in bytes.
+const maxSize = 1 << 20
+
+// Duration is a time.Duration written as "30s" or "5m".
+type Duration time.Duration
+
+// UnmarshalText reads a duration (encoding.TextUnmarshaler).
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	if err != nil {
+		return fmt.Errorf("%q is not a duration; write \"90s\", \"5m\" or \"1h30m\"", b)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// MarshalText writes a duration (encoding.TextMarshaler).
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// D is the duration as the standard library has it.
+func (d Duration) D() time.Duration { return time.Duration(d) }
+
+// Config is the whole configuration. The comments are those of the file that
+// `naru config default` prints.
+type Config struct {
+	Version  int                `toml:"version" comment:"Version of this file's format. Always 1."`
+	Root     string             `toml:"root" comment:"Folder for what lasts over a reboot: images, writable layers, records of pods."`
+	Run      string             `toml:"run" comment:"Folder for what belongs to one boot: namespaces, FIFOs, sockets."`
+	Socket   string             `toml:"socket" comment:"CRI socket, mode 0600. kubelet: --container-runtime-endpoint=unix://<socket>."`
+	SyncRecs bool               `toml:"sync_records" comment:"fsync the record of a pod or container once per change, so that it survives a power loss."`
+	Log      Log                `toml:"log"`
+	Network  Network            `toml:"network"`
+	Images   Images             `toml:"images"`
+	Cgroup   Cgroup             `toml:"cgroup"`
+	Runtime  Runtime            `toml:"runtime"`
+	Stream   Streaming          `toml:"streaming"`
+	Handlers map[string]Handler `toml:"handlers" comment:"Further runtime handlers for RuntimeClass, by name. \"\" and \"naru\" are built in."`
+}
+
+// Log of the daemon.
+type Log struct {
+	Verbosity int `toml:"verbosity" comment:"klog verbosity: 0 says what matters, 2 each change, 4 each request."`
+}
+
+// Network of pods: the built-in one.
+type Network struct {
+	PodCIDR           []string `toml:"pod_cidr" comment:"Ranges for pod addresses, IPv4 and IPv6, the primary family first. [\"auto\"] waits until kubelet tells them (UpdateRuntimeConfig); until then the network is not ready."`
+	MTU               int      `toml:"mtu" comment:"MTU of pods' interfaces; 0 = that of the interface with the default route."`
+	NonMasquerade     []string `toml:"non_masquerade" comment:"Destinations that see pods' own addresses: put the cluster's whole pod range here. This node's own range always is one."`
+	HostPorts         bool     `toml:"host_ports" comment:"Publish host ports."`
+	UnprivilegedPorts bool     `toml:"unprivileged_ports" comment:"Let any process of a pod listen on ports below 1024 (net.ipv4.ip_unprivileged_port_start=0), unless the pod's own sysctls say otherwise."`
+	UnprivilegedPing  bool     `toml:"unprivileged_ping" comment:"Let any process of a pod use ping without CAP_NET_RAW."`
+	Table             string   `toml:"nft_table" comment:"Name of the nftables table (family inet) that Naru owns."`
+	LinkPrefix        string   `toml:"link_prefix" comment:"Beginning of the names of pods' host interfaces; two daemons on one host need different ones."`
+	Pool              int      `toml:"pool" comment:"How many network namespaces are kept ready for the next pods."`
+}
+
+// Images of the node.
+type Images struct {
+	RegistryDirs []string `toml:"registry_dirs" comment:"Folders with <host>/hosts.toml files, as containerd's certs.d; read again at each pull."`
+	Pinned       []string `toml:"pinned" comment:"Images that are never collected as garbage: names, \"*\" stands for any text."`
+	Layers       int      `toml:"concurrent_layers" comment:"How many layers the node transfers and unpacks at once, in all pulls together; 0 = by the number of CPUs."`
+	Progress     Duration `toml:"progress_timeout" comment:"A transfer that gets no byte for so long is given up."`
+	PullTimeout  Duration `toml:"pull_timeout" comment:"A pull that takes longer is given up, whatever it does."`
+}
+
+// Cgroup settings.
+type Cgroup struct {
+	Driver        string `toml:"driver" comment:"\"cgroupfs\", \"systemd\", or \"auto\": systemd where it is PID 1 and cgroup v2 is mounted. kubelet asks for it (RuntimeConfig)."`
+	DefaultParent string `toml:"default_parent" comment:"Parent of containers whose pod names none; empty = /naru, or naru.slice with systemd."`
+}
+
+// Runtime settings of the native executor.
+type Runtime struct {
+	Monitor        string `toml:"monitor" comment:"The naru-monitor binary; empty = beside naru, then PATH. It is started when no keeper answers."`
+	MonitorDir     string `toml:"monitor_dir" comment:"Folder of the monitor's socket; empty = <run>/monitor."`
+	UserNamespaces bool   `toml:"user_namespaces" comment:"Offer user namespaces (hostUsers: false)."`
+}
+
+// Streaming server for exec, attach and port-forward.
+type Streaming struct {
+	Address string `toml:"address" comment:"Where the streaming server listens: loopback; port 0 = any free one. kubelet reaches it on the same host."`
+}
+
+// Handler is one runtime handler.
+type Handler struct {
+	Kind string `toml:"kind" comment:"\"native\"; \"oci\" is reserved."`
+}
+
+// Default returns the configuration of an installation without a file.
+func Default() *Config {
+	return &Config{
+		Version: 1, Root: "/var/lib/naru", Run: "/run/naru", Socket: "/run/naru/naru.sock", SyncRecs: true,
+		Log:     Log{Verbosity: 2},
+		Network: Network{PodCIDR: []string{"auto"}, HostPorts: true, Table: "naru", LinkPrefix: "naru", NonMasquerade: []string{}},
+		Images: Images{RegistryDirs: []string{"/etc/naru/certs.d"}, Pinned: []string{}, Progress: Duration(5 * time.Minute),
+			PullTimeout: Duration(12 * time.Hour)},
+		Cgroup:   Cgroup{Driver: "auto"},
+		Runtime:  Runtime{UserNamespaces: true},
+		Stream:   Streaming{Address: "127.0.0.1:0"},
+		Handlers: map[string]Handler{},
+	}
+}
+
+// DefaultFile is Default as a commented file.
+func DefaultFile() string {
+	var b strings.Builder
+	b.WriteString("# Configuration of naru. Every key stands here with its default.\n")
+	b.WriteString("# Drop-ins: *.toml in the folder config.d beside this file, in the order of their names;\n")
+	b.WriteString("# what they set replaces what stands here. Check with: naru config check\n\n")
+	text, err := Default().File()
+	if err != nil {
+		panic(err) // a constant
+	}
+	return b.String() + text
+}
+
+// File is c as a file, with the comments: the configuration in effect.
+func (c *Config) File() (string, error) {
+	var b strings.Builder
+	e := toml.NewEncoder(&b)
+	e.SetIndentTables(false)
+	if err := e.Encode(c); err != nil {
+		return "", errs.New(errs.Internal, "write the configuration: %w", err)
+	}
+	return b.String(), nil
+}
+
+// AdminSocket is the socket of Naru's own command line.
+func (c *Config) AdminSocket() string { return filepath.Join(c.Run, "admin.sock") }
+
+// Load reads path and its drop-ins. A missing file at DefaultPath means the
+// defaults; any other missing file is an error.
+func Load(path string) (*Config, error) {
+	c := Default()
+	if path == "" {
+		path = DefaultPath
+	}
+	err := c.merge(path)
+	if err != nil && (path != DefaultPath || !errors.Is(err, os.ErrNotExist)) {
+		return nil, err
+	}
+	drops, err := filepath.Glob(filepath.Join(filepath.Dir(path), "config.d", "*.toml"))
+	if err != nil {
+		return nil, errs.New(errs.InvalidArgument, "read the drop-ins of %s: %w", path, err)
+	}
+	sort.Strings(drops)
+	for _, d := range drops {
+		if err := c.merge(d); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.Validate(); err != nil {
+		return nil, errs.New(errs.InvalidArgument, "configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+func (c *Config) merge(path string) error {
+	// A FIFO in the drop-in folder must not make the daemon wait for a writer.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return errs.New(errs.InvalidArgument, "read the configuration: %w", err)
+	}
+	defer func() { _ = f.Close() }()
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		return errs.New(errs.InvalidArgument, "configuration %s is not a regular file", path)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxSize+1))
+	if err != nil {
+		return errs.New(errs.InvalidArgument, "read the configuration: %w", err)
+	}
+	if len(b) > maxSize {
+		return errs.New(errs.InvalidArgument, "configuration %s is larger than %d bytes", path, maxSize)
+	}
+	if err := c.Parse(b); err != nil {
+		return errs.New(errs.InvalidArgument, "configuration %s: %w", path, err)
+	}
+	return nil
+}
+
+// Parse merges one file's content into c.
+func (c *Config) Parse(b []byte) error {
+	d := toml.NewDecoder(strings.NewReader(string(b)))
+	d.DisallowUnknownFields()
+	err := d.Decode(c)
+	var strict *toml.StrictMissingError
+	if errors.As(err, &strict) && len(strict.Errors) > 0 {
+		return unknownKeys(strict)
+	}
+	var dec *toml.DecodeError
+	if errors.As(err, &dec) {
+		row, _ := dec.Position()
+		return fmt.Errorf("line %d: %s", row, strings.TrimPrefix(dec.Error(), "toml: "))
+	}
+	return err
+}
+
+// unknownKeys names every unknown key of a file, the first few of many.
+func unknownKeys(strict *toml.StrictMissingError) error {
+	const most = 10
+	var all []error
+	for i := range strict.Errors {
+		e := &strict.Errors[i]
+		if i == most {
+			all = append(all, fmt.Errorf("and %d more", len(strict.Errors)-most))
+			break
+		}
+		row, _ := e.Position()
+		key := strings.Join(e.Key(), ".")
+		hint := ""
+		if s := nearest(key); s != "" {
+			hint = fmt.Sprintf("; did you mean %q?", s)
+		}
+		all = append(all, fmt.Errorf("line %d: unknown key %q%s", row, key, hint))
+	}
+	return errors.Join(all...)
+}
+
+// Validate checks every value.
+func (c *Config) Validate() error {
+	var all []error
+	bad := func(key, format string, args ...any) {
+		all = append(all, fmt.Errorf("%s: %s", key, fmt.Sprintf(format, args...)))
+	}
+	if c.Version != 1 {
+		bad("version", "%d is not known to this release, which reads version 1", c.Version)
+	}
+	for key, p := range map[string]string{"root": c.Root, "run": c.Run, "socket": c.Socket} {
+		if !filepath.IsAbs(p) || filepath.Clean(p) == "/" {
+			bad(key, "%q must be an absolute path and not /", p)
+		}
+	}
+	if len(c.Socket) > 100 {
+		bad("socket", "%q is longer than the 107 bytes that a unix socket's path may have, less what is needed to replace it safely", c.Socket)
+	}
+	c.validateNetwork(bad)
+	if c.Images.Layers < 0 || c.Images.Layers > 256 {
+		bad("images.concurrent_layers", "%d is not between 0 and 256", c.Images.Layers)
+	}
+	if c.Images.Progress < 0 || c.Images.PullTimeout < 0 {
+		bad("images", "timeouts must not be negative")
+	}
+	switch c.Cgroup.Driver {
+	case "auto", "cgroupfs", "systemd":
+	default:
+		bad("cgroup.driver", "%q is none of auto, cgroupfs, systemd", c.Cgroup.Driver)
+	}
+	if host, _, err := net.SplitHostPort(c.Stream.Address); err != nil {
+		bad("streaming.address", "%q is not host:port", c.Stream.Address)
+	} else if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() {
+		bad("streaming.address", "%q must be a loopback address: whoever reaches it needs only a token", c.Stream.Address)
+	}
+	for name, h := range c.Handlers {
+		if h.Kind != "native" {
+			bad("handlers."+name+".kind", "%q is not available yet; this release has \"native\"", h.Kind)
+		}
+		if name == "runc" || name == "crun" {
+			bad("handlers."+name, "the names runc and crun are reserved for handlers of kind oci")
+		}
+	}
+	sort.Slice(all, func(i, j int) bool { return all[i].Error() < all[j].Error() })
+	return errors.Join(all...)
+}
+
+func (c *Config) validateNetwork(bad func(key, format string, args ...any)) {
+	n := &c.Network
+	if len(n.PodCIDR) == 0 {
+		bad("network.pod_cidr", "is empty; write ranges or [\"auto\"]")
+	}
+	for _, s := range n.PodCIDR {
+		if s == "auto" {
+			if len(n.PodCIDR) > 1 {
+				bad("network.pod_cidr", "\"auto\" stands alone")
+			}
+			continue
+		}
+		if _, err := netip.ParsePrefix(s); err != nil {
+			bad("network.pod_cidr", "%q is not a range like 10.85.0.0/16", s)
+		}
+	}
+	for _, s := range n.NonMasquerade {
+		if _, err := netip.ParsePrefix(s); err != nil {
+			bad("network.non_masquerade", "%q is not a range like 10.0.0.0/8", s)
+		}
+	}
+	if n.MTU != 0 && (n.MTU < 1280 || n.MTU > 65535) { // RFC 8200 5: IPv6 needs 1280
+		bad("network.mtu", "%d is not between 1280 and 65535", n.MTU)
+	}
+	if n.Pool < 0 || n.Pool > 64 {
+		bad("network.pool", "%d is not between 0 and 64", n.Pool)
+	}
+	if n.Table == "" || n.LinkPrefix == "" || len(n.LinkPrefix) > 6 {
+		bad("network", "nft_table must not be empty, link_prefix must have 1 to 6 characters")
+	}
+}
+
+// nearest finds the known key that a person may have meant.
+func nearest(key string) string {
+	const longest = 64 // the comparison costs the product of the lengths
+	if len(key) > longest {
+		return ""
+	}
+	var best string
+	limit := len(key)/2 + 1
+	for _, k := range Keys() {
+		if d := distance(key, k); d < limit {
+			best, limit = k, d
+		}
+	}
+	return best
+}
+
+// Keys lists all known keys, with dots between tables.
+func Keys() []string {
+	b, err := toml.Marshal(Default())
+	if err != nil {
+		panic(err) // a constant
+	}
+	var m map[string]any
+	if err := toml.Unmarshal(b, &m); err != nil {
+		panic(err)
+	}
+	var out []string
+	var walk func(prefix string, m map[string]any)
+	walk = func(prefix string, m map[string]any) {
+		for k, v := range m {
+			if sub, ok := v.(map[string]any); ok && len(sub) > 0 {
+				walk(prefix+k+".", sub)
+				continue
+			}
+			out = append(out, prefix+k)
+		}
+	}
+	walk("", m)
+	sort.Strings(out)
+	return out
+}
+
+// distance is the Levenshtein distance of two short strings.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		prev := row[0]
+		row[0] = i
+		for j := 1; j <= len(b); j++ {
+			cost := prev
+			if a[i-1] != b[j-1] {
+				cost++
+			}
+			prev, row[j] = row[j], min(cost, row[j]+1, row[j-1]+1)
+		}
+	}
+	return row[len(b)]
+}
