@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# A private naru: all its files under $work, in the run's network namespace.
+# Sourced after lib.sh.
+
+naru_endpoint='' # filled by naru_paths
+
+naru_paths() { naru_endpoint=unix://$work/run/naru.sock; }
+
+# naru_cgroup_parent is where the scripts put their pods.
+naru_cgroup_parent() { echo "/$run_name-pods"; }
+
+# naru_up starts it, with a network that is ready at once and, if a registry
+# runs, with every name leading to that.
+naru_up() {
+	naru_paths
+	mkdir -p "$work/certs.d"
+	[ -z "${registry:-}" ] || mirror_everything "$work/certs.d"
+	cat >"$work/config.toml" <<-EOF
+	version = 1
+	root = "$work/root"
+	run = "$work/run"
+	socket = "$work/run/naru.sock"
+	[log]
+	verbosity = ${NARU_VERBOSITY:-2}
+	[network]
+	pod_cidr = ["10.85.0.0/16", "fd85::/64"]
+	[images]
+	registry_dirs = ["$work/certs.d"]
+	[cgroup]
+	driver = "cgroupfs"
+	default_parent = "$(naru_cgroup_parent)"
+	[runtime]
+	monitor = "$bin/naru-monitor"
+	EOF
+	spawn naru "$bin/naru" serve --config "$work/config.toml"
+	wait_for 20 answers || { tail -20 "$work/log/naru" >&2; die "naru does not come up"; }
+}
+
+answers() { alive naru && "$bin/crictl" --runtime-endpoint "$naru_endpoint" --image-endpoint "$naru_endpoint" version; }
+
+# naru_cli runs a naru command against the private daemon.
+naru_cli() { in_ns "$bin/naru" --config "$work/config.toml" "$@"; }
+
+# naru_down stops the daemon and its monitor and undoes what a running node
+# keeps: namespaces' pins and the nftables table.
+naru_down() {
+	halt naru
+	local pid n=0 monitors=()
+	for pid in $(cat "$svc_cgroup/cgroup.procs" 2>/dev/null); do
+		case $(tr '\0' ' ' <"/proc/$pid/cmdline") in naru-monitor\ keeper\ *) monitors+=("$pid") ;; esac
+	done
+	for pid in "${monitors[@]}"; do
+		# The keeper ends on SIGTERM when it keeps nothing, and its worker with it.
+		kill "$pid" 2>/dev/null || true
+		while ! ended "$pid" && [ $n -lt 40 ]; do
+			n=$((n + 1))
+			sleep 0.05
+		done
+	done
+	for c in $(cgroups_of "$run_name-pods*"); do find "$c" -depth -type d -exec rmdir {} + 2>/dev/null || true; done
+	unmount_below "$work/run"
+}

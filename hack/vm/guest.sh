@@ -1,0 +1,53 @@
+#!/bin/bash
+# Runs inside the test machine; see test.sh. The tree is at /vm/naru, read-only.
+#   guest.sh PART...
+set -uo pipefail
+tree=/vm/naru
+export NARU_IMAGES=$tree/images NARU_CACHE=/var/tmp/cache TMPDIR=/var/tmp NARU_SLOW=10 NO_COLOR=1
+export LC_ALL=C
+modprobe -aq overlay dummy veth nf_tables nft_masq nft_nat nft_fib_inet br_netfilter 2>/dev/null
+failed=()
+
+uptime_s() { cut -d' ' -f1 /proc/uptime; }
+
+part_demo() { "$tree/hack/demo.sh"; }
+
+part_service() { bash "$tree/hack/vm/service.sh"; }
+
+part_apparmor() {
+	# critest calls apparmor_parser through sudo.
+	FOCUS=AppArmor LEAST=9 PARALLEL=1 REPORT=/vm/out/apparmor.xml "$tree/hack/critest.sh"
+}
+
+part_critest() { PARALLEL=2 LEAST=105 REPORT=/vm/out/critest.xml "$tree/hack/critest.sh"; }
+
+part_units() {
+	local t name rc=0
+	install -m 0755 "$tree/hack/vm/go-in-guest.sh" /usr/local/bin/go
+	for t in "$tree"/tests/*.test; do
+		name=$(basename "$t" .test)
+		(cd "$tree/${name//__//}" && "$t" -test.timeout 20m) >"/var/tmp/$name.log" 2>&1
+		if [ $? = 0 ]; then
+			echo "ok    ${name//__//}"
+		else
+			rc=1
+			echo "FAIL  ${name//__//}"
+			grep -E -A20 '^\s*--- FAIL|^panic:' "/var/tmp/$name.log" | head -80
+			cp "/var/tmp/$name.log" /vm/out/ 2>/dev/null
+		fi
+	done
+	return $rc
+}
+
+echo "$(uname -sr), cgroup $(stat -fc %T /sys/fs/cgroup), $(systemctl --version | head -1), AppArmor $(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)"
+for part; do
+	begun=$(uptime_s)
+	echo "== $part"
+	"part_$part" || failed+=("$part")
+	echo "== $part took $(awk -v a="$begun" -v b="$(uptime_s)" 'BEGIN {printf "%.0f", b - a}') s"
+done
+if [ ${#failed[@]} -gt 0 ]; then
+	echo "FAIL: ${failed[*]}"
+	exit 1
+fi
+echo "PASS: test-vm ($*)"
