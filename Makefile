@@ -1,0 +1,209 @@
+# Naru. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+MAKEFLAGS += --no-print-directory
+
+GO        ?= go
+PREFIX    ?= /usr/local
+DESTDIR   ?=
+SYSCONFDIR ?= /etc
+UNITDIR   ?= $(PREFIX)/lib/systemd/system
+CACHE     := $(or $(NARU_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/naru)
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZTIME  ?= 30s
+ROUNDS    ?= 5
+
+bin       := $(CURDIR)/bin
+ldflags    = -s -w -X main.version=$(VERSION)
+static     = CGO_ENABLED=0 $(CURDIR)/hack/gobuild.sh "$(1)" $(GO) build -trimpath -ldflags '$(ldflags)'
+tool       = $(CURDIR)/hack/gobuild.sh "$(1)" $(GO) build -trimpath -buildvcs=false
+needed_go := $(shell awk '$$1 == "go" {print $$2; exit}' go.mod)
+
+export NARU_CACHE := $(CACHE)
+
+##@ Build
+
+.PHONY: build
+build: check-go ## Build bin/naru and bin/naru-monitor, static, for this machine
+	@mkdir -p $(bin)
+	@$(call static,building naru $(VERSION)) -o $(bin)/naru ./cmd/shim
+	@$(call static,building naru-monitor $(VERSION)) -o $(bin)/naru-monitor ./cmd/monitor
+
+.PHONY: build-all
+build-all: check-go ## Build both for amd64 and arm64, into bin/linux-ARCH/
+	@for arch in amd64 arm64; do \
+		mkdir -p $(bin)/linux-$$arch; \
+		GOARCH=$$arch $(call static,building naru for linux/$$arch) -o $(bin)/linux-$$arch/naru ./cmd/shim; \
+		GOARCH=$$arch $(call static,building naru-monitor for linux/$$arch) -o $(bin)/linux-$$arch/naru-monitor ./cmd/monitor; \
+	done
+
+##@ Try
+
+.PHONY: demo
+demo: check-root check-demo build demo-tools ## Run a pod of two containers from start to end; touches nothing on this machine
+	@hack/demo.sh
+
+##@ Test
+
+.PHONY: test
+test: check-root check-test build build-all lint critest demo test-hack ## What CI runs: lint, critest, demo, then all Go tests with the race detector
+	@echo "testing with the race detector"
+	@$(GO) test -race -timeout 15m ./...
+	@echo "PASS: make test"
+
+.PHONY: test-nightly
+test-nightly: test fuzz kubelet-smoke test-vm ## make test, then every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine
+	@$(GO) test -race -count=3 -timeout 60m ./...
+	@echo "PASS: make test-nightly"
+
+.PHONY: test-release
+test-release: ## make test-nightly with ten times the fuzzing, then the newer kernel and the benchmark against its targets
+	@$(MAKE) test-nightly FUZZTIME=300s
+	@$(MAKE) test-vm VM=backports
+	@$(MAKE) bench ENFORCE=1
+	@echo "PASS: make test-release"
+
+.PHONY: unit
+unit: check-go ## Go tests without the race detector (what needs root is skipped without root)
+	@$(GO) test -timeout 15m ./...
+
+.PHONY: race
+race: check-go ## Go tests with the race detector; PKG=./pod/... for some of them
+	@$(GO) test -race -timeout 15m $(or $(PKG),./...)
+
+.PHONY: fuzz
+fuzz: check-go ## Run every fuzz target for FUZZTIME (30s)
+	@GO=$(GO) hack/fuzz.sh $(FUZZTIME)
+
+.PHONY: test-hack
+test-hack: check-go ## Tests of the test tools
+	@cd hack && $(GO) vet ./... && $(GO) test ./...
+
+.PHONY: lint
+lint: check-go $(bin)/golangci-lint ## golangci-lint with the rules of .golangci.yml, gofmt, and a vet for arm64
+	@echo "linting"
+	@$(bin)/golangci-lint run ./...
+	@GOARCH=arm64 $(GO) vet ./...
+
+.PHONY: critest
+critest: check-root check-test build cri-tools hack-tools ## Kubernetes' CRI conformance tests; FOCUS='text', PEER=containerd, PARALLEL=2
+	@hack/critest.sh
+
+.PHONY: kubelet-smoke
+kubelet-smoke: check-root check-test build cri-tools hack-tools kubelet ## The real kubelet with a static pod: probes, restart, logs
+	@hack/kubelet-smoke.sh
+
+.PHONY: bench
+bench: check-root check-test build hack-tools ## Compare with Debian's containerd and runc; ROUNDS=5, ENFORCE=1 to fail on a missed target
+	@ROUNDS=$(ROUNDS) ENFORCE=$(ENFORCE) hack/bench.sh
+
+.PHONY: vm-image
+vm-image: check-root ## Build the cgroup v2 test machine (Debian 12 under QEMU), once
+	@hack/vm/image.sh $(or $(VM),bookworm)
+
+.PHONY: test-vm
+test-vm: vm-image build cri-tools hack-tools ## Demo, Go tests, the systemd unit and AppArmor specs inside the cgroup v2 machine
+	@GO=$(GO) hack/vm/test.sh $(or $(VM),bookworm)
+
+##@ Install
+
+.PHONY: install
+install: ## Install to PREFIX (/usr/local), DESTDIR honoured; existing configuration is kept
+	@[ -x $(bin)/naru ] || { echo "run make build first (as the user who has Go)" >&2; exit 1; }
+	install -D -m 0755 $(bin)/naru $(DESTDIR)$(PREFIX)/bin/naru
+	install -D -m 0755 $(bin)/naru-monitor $(DESTDIR)$(PREFIX)/bin/naru-monitor
+	install -d -m 0755 $(DESTDIR)$(UNITDIR)
+	for u in naru.service naru-monitor.service; do \
+		sed 's|@PREFIX@|$(PREFIX)|g; s|@SYSCONFDIR@|$(SYSCONFDIR)|g' packaging/$$u >$(DESTDIR)$(UNITDIR)/$$u; \
+		chmod 0644 $(DESTDIR)$(UNITDIR)/$$u; \
+	done
+	install -d -m 0755 $(DESTDIR)$(SYSCONFDIR)/naru/config.d $(DESTDIR)$(SYSCONFDIR)/naru/certs.d
+	[ -e $(DESTDIR)$(SYSCONFDIR)/naru/config.toml ] || { $(bin)/naru config default >$(DESTDIR)$(SYSCONFDIR)/naru/config.toml && chmod 0600 $(DESTDIR)$(SYSCONFDIR)/naru/config.toml; }
+	[ -e $(DESTDIR)$(SYSCONFDIR)/crictl.yaml ] || install -D -m 0644 packaging/crictl.yaml $(DESTDIR)$(SYSCONFDIR)/crictl.yaml
+	install -d -m 0755 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	$(bin)/naru completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/naru
+	@echo "installed; next: systemctl daemon-reload && systemctl enable --now naru"
+
+.PHONY: uninstall
+uninstall: ## Remove what install put there; configuration and /var/lib/naru stay
+	rm -f $(DESTDIR)$(PREFIX)/bin/naru $(DESTDIR)$(PREFIX)/bin/naru-monitor
+	rm -f $(DESTDIR)$(UNITDIR)/naru.service $(DESTDIR)$(UNITDIR)/naru-monitor.service
+	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/naru
+	@echo "removed; kept: $(DESTDIR)$(SYSCONFDIR)/naru, $(DESTDIR)$(SYSCONFDIR)/crictl.yaml, /var/lib/naru"
+
+.PHONY: clean
+clean: ## Remove bin/ (the caches in $(CACHE) stay)
+	rm -rf $(bin)
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Tools. Their versions are pinned in tools/*/go.mod.
+
+.PHONY: hack-tools
+hack-tools: check-go
+	@mkdir -p $(bin)
+	@cd hack && $(call tool,building testimages) -o $(bin)/testimages ./testimages
+	@cd hack && $(call tool,building cribench) -o $(bin)/cribench ./bench
+	@cd hack && $(call tool,building junitcheck) -o $(bin)/junitcheck ./junitcheck
+
+.PHONY: demo-tools
+demo-tools: check-go $(bin)/crictl
+	@cd hack && $(call tool,building testimages) -o $(bin)/testimages ./testimages
+
+.PHONY: cri-tools
+cri-tools: check-go $(bin)/crictl $(bin)/critest $(bin)/ginkgo
+
+$(bin)/crictl: tools/cri/go.mod tools/cri/go.sum
+	@mkdir -p $(bin)
+	@cd tools/cri && $(call tool,building crictl) -ldflags '-X sigs.k8s.io/cri-tools/pkg/version.Version=$(call version_in,tools/cri,sigs.k8s.io/cri-tools)' -o $@ sigs.k8s.io/cri-tools/cmd/crictl
+
+$(bin)/critest: tools/cri/go.mod tools/cri/go.sum
+	@mkdir -p $(bin)
+	@cd tools/cri && $(CURDIR)/hack/gobuild.sh "building critest" $(GO) test -c -trimpath -ldflags '-X sigs.k8s.io/cri-tools/pkg/version.Version=$(call version_in,tools/cri,sigs.k8s.io/cri-tools)' -o $@ sigs.k8s.io/cri-tools/cmd/critest
+
+$(bin)/ginkgo: tools/cri/go.mod tools/cri/go.sum
+	@mkdir -p $(bin)
+	@cd tools/cri && $(call tool,building ginkgo) -o $@ github.com/onsi/ginkgo/v2/ginkgo
+
+$(bin)/golangci-lint: tools/lint/go.mod tools/lint/go.sum
+	@mkdir -p $(bin)
+	@cd tools/lint && $(call tool,building golangci-lint (once, about two minutes)) -ldflags '-X main.version=$(call version_in,tools/lint,github.com/golangci/golangci-lint/v2)' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+version_in = $(shell awk '$$1 == "$(2)" || $$2 == "$(2)" {for (i = 1; i < NF; i++) if ($$i == "$(2)") {print $$(i+1); exit}}' $(1)/go.mod)
+
+kubelet_version := $(call version_in,tools/kubelet,k8s.io/kubernetes)
+kubelet_bin      = $(CACHE)/kubelet-$(kubelet_version)/kubelet
+
+kubelet_ldflags  = $(foreach v,gitVersion=$(kubelet_version) gitMajor=1 gitMinor=$(word 2,$(subst ., ,$(kubelet_version))) gitTreeState=clean,-X k8s.io/component-base/version.$(v))
+
+.PHONY: kubelet
+kubelet: check-go $(kubelet_bin)
+	@mkdir -p $(bin) && ln -sfn $(kubelet_bin) $(bin)/kubelet
+
+$(kubelet_bin): tools/kubelet/go.mod tools/kubelet/go.sum
+	@mkdir -p $(@D)
+	@cd tools/kubelet && CGO_ENABLED=0 $(call tool,building kubelet $(kubelet_version) (once, about seven minutes on two cores)) -ldflags '-s -w $(kubelet_ldflags)' -o $@ k8s.io/kubernetes/cmd/kubelet
+
+# Checks. One sentence each.
+
+.PHONY: check-go
+check-go:
+	@have=$$($(GO) version 2>/dev/null | awk '{print substr($$3, 3)}'); \
+	if [ -z "$$have" ]; then echo "naru needs Go $(needed_go) or newer, and there is no go command here: see https://go.dev/dl" >&2; exit 1; fi; \
+	if [ "$$(printf '%s\n' $(needed_go) "$$have" | sort -V | head -1)" != $(needed_go) ]; then \
+		echo "naru needs Go $(needed_go) or newer, and this is $$have (Debian's own is too old): see https://go.dev/dl" >&2; exit 1; fi
+
+.PHONY: check-root
+check-root:
+	@[ "$$(id -u)" = 0 ] || { echo "this target needs root: it makes namespaces, mounts and cgroups (its own only)" >&2; exit 1; }
+
+.PHONY: check-demo
+check-demo:
+	@hack/check-tools.sh demo
+
+.PHONY: check-test
+check-test:
+	@hack/check-tools.sh test

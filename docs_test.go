@@ -1,0 +1,163 @@
+package naru_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// pathStep is "file.go:Function" or "file.go:Type.Method" in backquotes.
+var pathStep = regexp.MustCompile("`([a-zA-Z0-9_/.-]+\\.go):([A-Za-z0-9_.]+)`")
+
+// functionsOf returns the functions of a Go file, methods as Type.Method.
+func functionsOf(t *testing.T, file string) map[string]bool {
+	t.Helper()
+	f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+	if err != nil {
+		t.Errorf("docs/request-paths.md names %s: %v", file, err)
+		return nil
+	}
+	names := map[string]bool{}
+	for _, d := range f.Decls {
+		fn, ok := d.(*ast.FuncDecl)
+		if !ok {
+			continue
+		}
+		name := fn.Name.Name
+		if fn.Recv != nil && len(fn.Recv.List) == 1 {
+			name = receiver(fn.Recv.List[0].Type) + "." + name
+		}
+		names[name] = true
+	}
+	return names
+}
+
+// receiver is the name of a method's type.
+func receiver(e ast.Expr) string {
+	switch e := e.(type) {
+	case *ast.StarExpr:
+		return receiver(e.X)
+	case *ast.IndexExpr:
+		return receiver(e.X)
+	case *ast.Ident:
+		return e.Name
+	}
+	return "?"
+}
+
+// TestRequestPaths keeps docs/request-paths.md true: every function that it
+// names must be in the file that it names.
+func TestRequestPaths(t *testing.T) {
+	text, err := os.ReadFile("docs/request-paths.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	steps := pathStep.FindAllStringSubmatch(string(text), -1)
+	if len(steps) < 20 {
+		t.Errorf("docs/request-paths.md names %d functions; the paths of the main requests have more", len(steps))
+	}
+	files := map[string]map[string]bool{}
+	for _, s := range steps {
+		file, name := s[1], s[2]
+		if _, ok := files[file]; !ok {
+			files[file] = functionsOf(t, file)
+		}
+		if files[file] != nil && !files[file][name] {
+			t.Errorf("docs/request-paths.md: %s has no function %s", file, name)
+		}
+	}
+}
+
+var markdownLink = regexp.MustCompile(`\]\(([^)#\s]+)(#[^)\s]*)?\)`)
+
+// TestLinks checks that the links between the documents lead somewhere.
+func TestLinks(t *testing.T) {
+	docs, _ := filepath.Glob("docs/*.md")
+	for _, doc := range append(docs, "README.md", "CHANGELOG.md", "hack/README.md") {
+		text, err := os.ReadFile(doc)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		for _, m := range markdownLink.FindAllStringSubmatch(string(text), -1) {
+			if strings.Contains(m[1], "://") {
+				continue
+			}
+			if _, err := os.Stat(filepath.Join(filepath.Dir(doc), m[1])); err != nil {
+				t.Errorf("%s links to %s, which is not there", doc, m[1])
+			}
+		}
+	}
+}
+
+var makeTarget = regexp.MustCompile("`make ([a-z][a-z-]*)")
+
+// TestMakeTargets checks that the documents name only targets that exist.
+func TestMakeTargets(t *testing.T) {
+	makefile, err := os.ReadFile("Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	docs, _ := filepath.Glob("docs/*.md")
+	for _, doc := range append(docs, "README.md", "CHANGELOG.md") {
+		text, err := os.ReadFile(doc)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		for _, m := range makeTarget.FindAllStringSubmatch(string(text), -1) {
+			if !regexp.MustCompile(`(?m)^` + m[1] + `:`).Match(makefile) {
+				t.Errorf("%s speaks of make %s, which is no target", doc, m[1])
+			}
+		}
+	}
+}
+
+var (
+	rpcName   = regexp.MustCompile(`\b[A-Z][a-z]+(?:[A-Z][a-z]+)+\b`)
+	expectRPC = regexp.MustCompile(`"([A-Za-z]+)":\s*codes\.Unimplemented`)
+)
+
+// TestUnimplementedTable checks that the README's table names exactly the
+// calls of which a test of the CRI edge demands Unimplemented.
+func TestUnimplementedTable(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, ok := strings.Cut(string(readme), "<!-- unimplemented -->")
+	table, _, ok2 := strings.Cut(table, "<!-- /unimplemented -->")
+	if !ok || !ok2 {
+		t.Fatal("README.md has no marked table of unimplemented calls")
+	}
+	listed := map[string]bool{}
+	for line := range strings.Lines(table) {
+		calls := strings.Split(line, "|")
+		if len(calls) > 1 {
+			for _, name := range rpcName.FindAllString(calls[1], -1) {
+				listed[name] = true
+			}
+		}
+	}
+	code, err := os.ReadFile("cri/all_rpcs_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	demanded := map[string]bool{}
+	for _, m := range expectRPC.FindAllStringSubmatch(string(code), -1) {
+		demanded[m[1]] = true
+		if !listed[m[1]] {
+			t.Errorf("README.md does not say that %s is not there yet", m[1])
+		}
+	}
+	for name := range listed {
+		if !demanded[name] {
+			t.Errorf("README.md says that %s is not there yet, no test does", name)
+		}
+	}
+}
