@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"k8s.io/klog/v2"
 
 	"github.com/naru-project/naru/images/layers"
 	"github.com/naru-project/naru/images/manifest"
@@ -42,7 +42,7 @@ func (s *Store) keep(ctx context.Context, m made) (err error) {
 	old := s.images[m.id.String()]
 	seq := s.seq + 1
 	s.seq = seq
-	others := s.losing(m, seq)
+	others := s.losing(m)
 	s.mu.Unlock()
 
 	spare := m.layers
@@ -55,11 +55,14 @@ func (s *Store) keep(ctx context.Context, m made) (err error) {
 		return nil
 	}
 	if err := s.write(st.rec); err != nil {
+		if old == nil {
+			_ = atomicfile.Remove(s.recordPath(st.rec)) // it may have got its name before the error
+		}
 		return noSpace("record image", err)
 	}
 	for _, o := range others {
-		if err := s.write(o.rec); err != nil {
-			return noSpace("take the name from the older image", err)
+		if err := s.write(o.rec); err != nil { // the later owner of a name wins at the next start
+			klog.FromContext(ctx).Error(err, "Could not take a name from the record of an older image", "id", o.rec.ID)
 		}
 	}
 	if old == nil {
@@ -106,7 +109,7 @@ func (s *Store) next(old *stored, m made, seq uint64) (st *stored, changed bool,
 
 // losing lists the other images that have one of m's tags, as they will be
 // without. The caller holds mu.
-func (s *Store) losing(m made, _ uint64) []*stored {
+func (s *Store) losing(m made) []*stored {
 	var out []*stored
 	for id, o := range s.images {
 		if id == m.id.String() {
@@ -156,15 +159,13 @@ func (s *Store) Remove(ctx context.Context, ref string) error {
 	if st == nil {
 		return nil
 	}
-	if err := atomicfile.Remove(filepath.Join(s.dirs.images.Name(), st.rec.file())); err != nil {
+	if err := atomicfile.Remove(s.recordPath(st.rec)); err != nil {
 		return fmt.Errorf("remove image record: %w", err)
 	}
-	if err := s.dirs.images.Sync(); err != nil {
-		return fmt.Errorf("remove image record: %w", err)
-	}
+	err = s.dirs.images.Sync()
 	s.mu.Lock()
 	delete(s.images, i.ID)
 	s.publish()
 	s.mu.Unlock()
-	return s.layers.Release(st.layers...)
+	return errors.Join(err, s.layers.Release(st.layers...))
 }

@@ -20,9 +20,9 @@ type Config struct {
 	// Pinned images are never offered for garbage collection: names, digests
 	// or IDs, "*" stands for any text.
 	Pinned []string
-	// MaxLayers is how many layers the node transfers and unpacks at once, in
+	// MaxTransfers is how many layers the node transfers and unpacks at once, in
 	// all pulls together; default twice the CPUs, 4 to 12.
-	MaxLayers int
+	MaxTransfers int
 	// PullTimeout ends a pull whatever it is doing; default 12 hours. kubelet
 	// itself sets no deadline.
 	PullTimeout time.Duration
@@ -32,8 +32,8 @@ type Config struct {
 }
 
 func (c Config) orDefault() Config {
-	if c.MaxLayers <= 0 {
-		c.MaxLayers = min(max(2*runtime.NumCPU(), 4), 12)
+	if c.MaxTransfers <= 0 {
+		c.MaxTransfers = min(max(2*runtime.NumCPU(), 4), 12)
 	}
 	if c.PullTimeout <= 0 {
 		c.PullTimeout = 12 * time.Hour

@@ -78,7 +78,7 @@ func (s *Store) fetchLayers(ctx context.Context, p *pull, from []source, diffs [
 	got := make([]*layers.Layer, len(from))
 	p.layersTotal.Store(int32(len(from)))
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(s.cfg.MaxLayers)
+	g.SetLimit(s.cfg.MaxTransfers)
 	for i := range from {
 		if !s.layers.Has(diffs[i], from[i].blob) && from[i].size > 0 {
 			p.total.Add(from[i].size)
@@ -120,10 +120,7 @@ func (s *Store) fetchLayers(ctx context.Context, p *pull, from []source, diffs [
 
 // fill transfers and unpacks one layer.
 func (s *Store) fill(ctx context.Context, p *pull, from source, diff digest.Digest, dir *os.File) (unpack.Result, error) {
-	place := &slot{sem: s.budget}
-	if err := place.Acquire(ctx); err != nil {
-		return unpack.Result{}, err
-	}
+	place := &slot{sem: s.budget} // taken when bytes come
 	defer place.Release()
 	return unpack.Layer(ctx, dir, unpack.Blob{
 		Digest: from.blob, Size: from.size, DiffID: diff,

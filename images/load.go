@@ -148,7 +148,12 @@ func (s *Store) loadOne(ctx context.Context, a archive.Image) error {
 	}
 	for _, l := range a.Layers {
 		img.sources = append(img.sources, source{blob: l.Digest, size: l.Size,
-			open: func(ctx context.Context, _ *slot) (io.ReadCloser, error) { return l.Open(ctx) }})
+			open: func(ctx context.Context, place *slot) (io.ReadCloser, error) {
+				if err := place.Acquire(ctx); err != nil {
+					return nil, err
+				}
+				return l.Open(ctx)
+			}})
 	}
 	p := &pull{ref: a.Tags[0], start: time.Now()}
 	_, err := s.install(ctx, p, img)

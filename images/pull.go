@@ -253,15 +253,21 @@ func (s *Store) describe(ctx context.Context, c *registry.Client, m *ocispec.Man
 	return img, nil
 }
 
-// slot is a place in the node's budget.
+// slot is a place in the node's budget. One goroutine at a time acquires it.
 type slot struct {
 	sem  *semaphore.Weighted
 	mu   sync.Mutex
 	held bool
 }
 
-// Acquire waits for a place.
+// Acquire waits for a place, unless it is held.
 func (l *slot) Acquire(ctx context.Context) error {
+	l.mu.Lock()
+	held := l.held
+	l.mu.Unlock()
+	if held {
+		return nil
+	}
 	if err := l.sem.Acquire(ctx, 1); err != nil {
 		return context.Cause(ctx)
 	}

@@ -192,8 +192,10 @@ func (s *Store) write(r *record) error {
 	if err != nil {
 		return err
 	}
-	return atomicfile.Write(filepath.Join(s.dirs.images.Name(), r.file()), data, 0o600, true)
+	return atomicfile.Write(s.recordPath(r), data, 0o600, true)
 }
+
+func (s *Store) recordPath(r *record) string { return filepath.Join(s.dirs.images.Name(), r.file()) }
 
 var holdKeys = map[string]bool{"owner": true, "images": true}
 

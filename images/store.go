@@ -83,7 +83,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	cfg = cfg.orDefault()
 	s := &Store{
 		cfg: cfg, platform: platforms.Only(platforms.DefaultSpec()),
-		budget: semaphore.NewWeighted(int64(cfg.MaxLayers)), commit: make(chan struct{}, 1),
+		budget: semaphore.NewWeighted(int64(cfg.MaxTransfers)), commit: make(chan struct{}, 1),
 		images: map[string]*stored{}, holds: map[string]*hold{}, pulls: map[string]*pull{},
 		usage: map[string]*usage{}, meters: make(chan struct{}, 2),
 	}

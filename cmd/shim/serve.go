@@ -177,7 +177,7 @@ func oomScoreFloor() (int, error) {
 
 func (d *daemon) openImages(ctx context.Context) (err error) {
 	d.images, err = images.Open(ctx, images.Config{
-		Root: filepath.Join(d.cfg.Root, "images"), Pinned: d.cfg.Images.Pinned, MaxLayers: d.cfg.Images.Layers, PullTimeout: d.cfg.Images.PullTimeout.D(),
+		Root: filepath.Join(d.cfg.Root, "images"), Pinned: d.cfg.Images.Pinned, MaxTransfers: d.cfg.Images.Layers, PullTimeout: d.cfg.Images.PullTimeout.D(),
 		Registry: registry.Config{HostDirs: d.cfg.Images.RegistryDirs, ProgressTimeout: d.cfg.Images.Progress.D()},
 	})
 	if err == nil {

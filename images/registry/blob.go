@@ -17,15 +17,17 @@ import (
 )
 
 const (
-	progressUnit = 64 << 10        // what counts as progress
-	resumeUnit   = 1 << 20         // what earns a new set of attempts
-	maxAttempts  = 5               // to go on after a connection broke
-	idleGrace    = 3 * time.Second // after which a place in the node's budget is lent out
+	progressUnit = 64 << 10    // what counts as progress
+	resumeUnit   = 1 << 20     // what earns a new set of attempts
+	maxAttempts  = 5           // to go on after a connection broke
+	idleGrace    = time.Second // after which a place in the node's budget is lent out
 )
 
-// Slot is a place in the node's budget of transfers, which Blob gives away
-// while nothing comes. Both may be called from different goroutines, one after
-// the other; a second Release changes nothing.
+// Slot is a place in the node's budget of transfers. A transfer takes it when
+// bytes come and gives it away while none do, so that hosts that send nothing
+// keep nobody waiting. Both methods may be called from different goroutines,
+// one after the other; to acquire what is held, or release what is not,
+// changes nothing.
 type Slot interface {
 	Release()
 	Acquire(ctx context.Context) error
@@ -207,8 +209,7 @@ func (b *blob) cause() error {
 var errStall = errors.New("no progress")
 
 // stalled reads from the connection, and counts only the time it waits there:
-// less than a unit of progress in the time allowed ends the transfer. While
-// nothing comes for a moment, the place in the budget is somebody else's.
+// less than a unit of progress in the time allowed ends the transfer.
 func (b *blob) stalled(p []byte) (int, error) {
 	if b.body == nil {
 		return 0, io.ErrUnexpectedEOF
@@ -224,10 +225,14 @@ func (b *blob) stalled(p []byte) (int, error) {
 	n, err := b.body.Read(p)
 	end.Stop()
 	b.waited += time.Since(start)
-	if lend != nil && !lend.Stop() {
-		<-lent
-		if aerr := b.slot.Acquire(b.ctx); aerr != nil && err == nil {
-			err = aerr
+	if lend != nil {
+		if !lend.Stop() {
+			<-lent
+		}
+		if n > 0 {
+			if aerr := b.slot.Acquire(b.ctx); aerr != nil && err == nil {
+				err = aerr
+			}
 		}
 	}
 	if b.unit += int64(n); b.unit >= progressUnit {

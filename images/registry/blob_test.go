@@ -236,10 +236,23 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-type countSlot struct{ released, acquired atomic.Int32 }
+type countSlot struct {
+	held               atomic.Bool
+	released, acquired atomic.Int32
+}
 
-func (c *countSlot) Release()                      { c.released.Add(1) }
-func (c *countSlot) Acquire(context.Context) error { c.acquired.Add(1); return nil }
+func (c *countSlot) Release() {
+	if c.held.CompareAndSwap(true, false) {
+		c.released.Add(1)
+	}
+}
+
+func (c *countSlot) Acquire(context.Context) error {
+	if c.held.CompareAndSwap(false, true) {
+		c.acquired.Add(1)
+	}
+	return nil
+}
 
 func TestSlotIsLentWhileNothingComes(t *testing.T) {
 	reg := regtest.New(t)
@@ -258,7 +271,7 @@ func TestSlotIsLentWhileNothingComes(t *testing.T) {
 	if got, err := readBlob(t.Context(), s.open(reg.Host()+"/app", nil), d, slot); err != nil || len(got) != len(data) {
 		t.Fatal(len(got), err)
 	}
-	if slot.released.Load() != 1 || slot.acquired.Load() != 1 {
+	if slot.released.Load() != 1 || slot.acquired.Load() != 2 {
 		t.Errorf("released %d, acquired %d", slot.released.Load(), slot.acquired.Load())
 	}
 }

@@ -9,6 +9,10 @@
 // RESOLVE_IN_ROOT). Whiteouts become overlayfs' own: a 0:0 character device
 // for a name, trusted.overlay.opaque for a folder.
 //
+// Folders that the archive has no entry for are made 0755 and root's. As the
+// upper one of two merged folders gives the mode, an image whose tools leave
+// such entries out gets these on folders of its lower layers too.
+//
 // Nothing is done by path: each object is made, and given its owner, mode,
 // times and attributes, relative to a descriptor of its folder or on one of
 // its own. Whatever names and links the archive has, nothing outside the

@@ -397,8 +397,9 @@ func TestTerminal(t *testing.T) {
 // on being logged until the container is deleted.
 func TestDescendantsAreLogged(t *testing.T) {
 	n := newNode(t)
-	go1, go2 := filepath.Join(t.TempDir(), "1"), filepath.Join(t.TempDir(), "2")
-	c := n.run(spec{args: []string{"(while [ ! -e " + go1 + " ]; do sleep 0.01; done; echo late; touch " + go2 + "; sleep 1000) & printf 'no end'; exit 0"}})
+	dir := t.TempDir()
+	script := "echo $$ > pid; while [ ! -e go ]; do sleep 0.01; done; echo late; exec sleep 1000"
+	c := n.run(spec{args: []string{"cd " + dir + "; sh -c '" + script + "' & while [ ! -s pid ]; do sleep 0.01; done; printf 'no end'; exit 0"}})
 	start := time.Now()
 	n.wait(c.id)
 	if d := time.Since(start); d > 1500*time.Millisecond {
@@ -407,39 +408,21 @@ func TestDescendantsAreLogged(t *testing.T) {
 	if p, _ := os.ReadFile(c.logPath); !bytes.HasSuffix(p, []byte(" stdout P no end\n")) {
 		t.Errorf("log at the exit %q", p)
 	}
-	if err := os.WriteFile(go1, nil, 0o600); err != nil {
+	p, err := os.ReadFile(filepath.Join(dir, "pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(p)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Kill(pid, unix.SIGKILL) }()
+	if err := os.WriteFile(filepath.Join(dir, "go"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	n.eventually("the late line", func() bool { return c.logText("stdout") == "no endlate\n" })
-	for _, line := range strings.Split(psChildren(n.cmd.Process.Pid), "\n") {
-		if strings.Contains(line, "sleep 1000") {
-			goto found
-		}
-	}
-	t.Log("the descendant did not come to the keeper (another subreaper?)")
-found:
-	killChildren(n.cmd.Process.Pid, "sleep\x001000")
-}
-
-func killChildren(parent int, cmdline string) {
-	tasks, _ := os.ReadDir("/proc/" + itoa(parent) + "/task")
-	for _, task := range tasks {
-		kids, _ := os.ReadFile("/proc/" + itoa(parent) + "/task/" + task.Name() + "/children")
-		for _, k := range strings.Fields(string(kids)) {
-			pid, _ := strconv.Atoi(k)
-			p, _ := os.ReadFile("/proc/" + k + "/cmdline")
-			grand, _ := os.ReadFile("/proc/" + k + "/task/" + k + "/children")
-			if strings.Contains(string(p), cmdline) || strings.Contains(string(p), "sleep 1000") {
-				_ = unix.Kill(pid, unix.SIGKILL)
-			}
-			for _, g := range strings.Fields(string(grand)) {
-				gp, _ := os.ReadFile("/proc/" + g + "/cmdline")
-				if strings.Contains(string(gp), cmdline) {
-					gpid, _ := strconv.Atoi(g)
-					_ = unix.Kill(gpid, unix.SIGKILL)
-				}
-			}
-		}
+	if parent := parentOf(t, pid); parent != n.cmd.Process.Pid {
+		t.Errorf("the descendant's parent is %d, not the keeper", parent)
 	}
 }
 

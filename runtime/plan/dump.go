@@ -19,7 +19,7 @@ var names = map[uint32]string{
 	unix.SYS_SCHED_SETSCHEDULER: "sched_setscheduler", unix.SYS_SECCOMP: "seccomp", unix.SYS_SETDOMAINNAME: "setdomainname",
 	unix.SYS_SETGROUPS: "setgroups", unix.SYS_SETHOSTNAME: "sethostname", unix.SYS_SETNS: "setns", unix.SYS_SETPRIORITY: "setpriority",
 	unix.SYS_SETRESGID: "setresgid", unix.SYS_SETRESUID: "setresuid", unix.SYS_SETSID: "setsid", unix.SYS_UMASK: "umask",
-	unix.SYS_UNSHARE: "unshare", unix.SYS_WRITE: "write", unix.SYS_GETRESUID: "getresuid", unix.SYS_OPENAT2: "openat2",
+	unix.SYS_UNSHARE: "unshare", unix.SYS_WRITE: "write", unix.SYS_GETRESUID: "getresuid", unix.SYS_OPENAT2: "openat2", unix.SYS_PIPE2: "pipe2",
 	unix.SYS_GETUID: "getuid", unix.SYS_GETGID: "getgid", unix.SYS_GETEUID: "geteuid",
 }
 
@@ -64,6 +64,8 @@ func (b *Builder) dumpArgs(o *Op) string {
 			} else {
 				parts = append(parts, "data")
 			}
+		case argLoad:
+			parts = append(parts, "*data")
 		case argSlot:
 			parts = append(parts, fmt.Sprintf("<%s>", b.slots[v]))
 		case argResult:

@@ -61,6 +61,7 @@ const (
 	argPtr           // offset in the plan; the child adds the base address
 	argSlot          // number of a slot; the child takes the descriptor
 	argResult        // number of an earlier operation; the child takes its result
+	argLoad          // offset of four bytes in the plan; the child takes what is there
 )
 
 // What an operation does beside its call.
@@ -112,6 +113,9 @@ func Ptr(r Ref) Arg {
 
 // Slot is the descriptor in slot i.
 func Slot(i int) Arg { return Arg{argSlot, uint64(i)} }
+
+// Load is the 32-bit number that lies at r when the call is made.
+func Load(r Ref) Arg { return Arg{argLoad, uint64(r)} }
 
 // Op is one operation of a plan under construction.
 type Op struct {
@@ -252,21 +256,30 @@ func (b *Builder) Sys(s Stage, nr uintptr, args ...Arg) *Op {
 
 // Clone adds a second clone (clone3 without CLONE_VM). The child goes on with
 // the next operation; the parent tells the child's pid by a KindPID record and
-// exits with status 0.
+// exits with status 0. The child waits for that: no record of its own can be
+// read before its pid.
 func (b *Builder) Clone(flags uint64, exitSignal unix.Signal) {
 	args := b.Data(make([]byte, cloneArgsSize))
 	at := int(args - dataBase)
 	binary.LittleEndian.PutUint64(b.data[at:], flags|unix.CLONE_CLEAR_SIGHAND)
 	binary.LittleEndian.PutUint64(b.data[at+cloneArgsExitSignal:], uint64(exitSignal))
+	pipe, buf, one := b.Data(make([]byte, 8)), b.Data(make([]byte, 8)), b.Data([]byte{1})
+	r, w := Load(pipe), Load(pipe+4)
+	b.Sys(StageClone, unix.SYS_PIPE2, Ptr(pipe), Int(unix.O_CLOEXEC))
 	rec := b.Record(Record{Kind: KindPID})
 	c := b.Sys(StageClone, unix.SYS_CLONE3, Ptr(args), Int(cloneArgsSize)).Store(rec+recordValue, 8)
 	c.o.flags |= flagJumpPos
-	skip := b.Sys(StageClone, unix.SYS_GETPID) // placeholder: child jumps over the parent's two calls
+	// The child. End of file: its parent died before it had told the pid.
+	b.Sys(StageClone, unix.SYS_CLOSE, w)
+	b.Sys(StageClone, unix.SYS_READ, r, Ptr(buf), Int(1)).Expect(1)
+	b.Sys(StageClone, unix.SYS_CLOSE, r)
+	// getpid always has a positive result: a jump over the parent's part.
+	skip := b.Sys(StageClone, unix.SYS_GETPID)
+	skip.o.flags |= flagJumpPos
 	c.o.jump = uint32(len(b.ops))
 	b.Send(StageClone, rec)
+	b.Sys(StageClone, unix.SYS_WRITE, w, Ptr(one), Int(1)).Expect(1)
 	b.Sys(StageClone, unix.SYS_EXIT_GROUP, Int(0))
-	// getpid always succeeds with a positive result (1 or more in any PID namespace).
-	skip.o.flags |= flagJumpPos
 	skip.o.jump = uint32(len(b.ops))
 }
 
@@ -311,7 +324,7 @@ func (b *Builder) Seal() ([]byte, error) {
 		le.PutUint32(p[12:], o.o.jump)
 		copy(p[16:22], o.o.kind[:])
 		for j, a := range o.o.args {
-			if o.o.kind[j] == argPtr {
+			if o.o.kind[j] == argPtr || o.o.kind[j] == argLoad {
 				a = final(a)
 			}
 			le.PutUint64(p[24+8*j:], a)

@@ -167,6 +167,31 @@ func TestSecondClone(t *testing.T) {
 	}
 }
 
+// TestPIDComesFirst: whatever the second child says, its pid is told before.
+func TestPIDComesFirst(t *testing.T) {
+	for range 200 {
+		b := New("status", "out")
+		b.Clone(unix.CLONE_PARENT, 0)
+		b.Send(StageCreated, b.Record(Record{Kind: KindCreated}))
+		b.Sys(StageExec, unix.SYS_EXIT_GROUP, Int(0))
+		pid, status, out := start(t, b, Clone{Cgroup: -1})
+		rec, err := io.ReadAll(status)
+		if err != nil || len(rec) != 2*RecordSize {
+			t.Fatalf("%d bytes, %v", len(rec), err)
+		}
+		first, err := ParseRecord(rec[:RecordSize])
+		if err != nil || first.Kind != KindPID {
+			t.Fatalf("first record: %+v %v", first, err)
+		}
+		status.Close()
+		out.Close()
+		reap(t, pid)
+		if _, err := unix.Wait4(int(first.Value), nil, unix.WALL, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestStoreAndResult(t *testing.T) {
 	b := New("status", "out")
 	rec := b.Record(Record{Kind: KindReady})

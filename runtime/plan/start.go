@@ -187,6 +187,8 @@ func step(ch *child, base uintptr, ops unsafe.Pointer, i uint32) uint32 {
 			v = uintptr(ch.fds[v%maxSlots])
 		case argResult:
 			v = uintptr((*op)(unsafe.Add(ops, v*opSize)).result)
+		case argLoad:
+			v = uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(nil), base+v)))
 		}
 		a[j] = v
 	}
