@@ -364,7 +364,7 @@ func (c *creation) writeFiles(context.Context) error {
 	}
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		path := filepath.Join(dir, name)
-		if err := writeNew(path, files[name]); err != nil {
+		if err := writeNew(path, files[name], &c.spec); err != nil {
 			return err
 		}
 		c.h.EtcFiles["/etc/"+name] = path

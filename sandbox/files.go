@@ -76,12 +76,17 @@ func mountShm(path string, made *os.File, size int64) error {
 	return mountTmpfs(path, size, sys.FsOption{Key: "mode", Value: "1777"})
 }
 
-// writeNew writes a file that must not exist yet, readable by all.
-func writeNew(path string, data []byte) error {
+// writeNew writes a file that must not exist yet, readable by all. It belongs
+// to the root of the pod's user namespace, if it has one.
+func writeNew(path string, data []byte, s *Spec) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o644)
 	if err == nil {
 		_, err = f.Write(data)
-		err = errors.Join(err, f.Chmod(0o644), f.Close()) // whatever the umask is
+		err = errors.Join(err, f.Chmod(0o644)) // whatever the umask is
+		if len(s.UIDMap) > 0 {
+			err = errors.Join(err, f.Chown(int(hostID(s.UIDMap)), int(hostID(s.GIDMap))))
+		}
+		err = errors.Join(err, f.Close())
 	}
 	if err != nil {
 		return errs.New(errs.Internal, "write %s: %w", path, err)

@@ -62,7 +62,7 @@ func runServe(ctx context.Context, cfg *config.Config) (err error) {
 		name string
 		do   func(context.Context) error
 	}{
-		{"prepare folders", d.prepareFolders}, {"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor},
+		{"close inherited files", closeInherited}, {"prepare folders", d.prepareFolders}, {"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor},
 		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer},
 	} {
 		if err := s.do(ctx); err != nil {
@@ -70,6 +70,25 @@ func runServe(ctx context.Context, cfg *config.Config) (err error) {
 		}
 	}
 	return d.serve(ctx)
+}
+
+// closeInherited closes what a careless parent left open: every descriptor but
+// the standard ones that is not close-on-exec, as ours all are.
+func closeInherited(context.Context) error {
+	list, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return errs.New(errs.Internal, "list the open files: %w", err)
+	}
+	for _, e := range list {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd <= 2 {
+			continue
+		}
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
+			_ = unix.Close(fd)
+		}
+	}
+	return nil
 }
 
 // prepareFolders makes the roots private and takes the lock: two daemons on

@@ -59,8 +59,9 @@ type Executor struct {
 	mappings mappingCache
 	holders  sync.Map // container id → *scopeHolder
 
-	mu      sync.Mutex // guards the two below; no IO under it
+	mu      sync.Mutex // guards what is below; no IO under it
 	filters map[[32]byte]*filter
+	known   map[*specs.LinuxSeccomp]*filter
 	live    map[string]*handle
 }
 
@@ -88,6 +89,7 @@ func New(cfg Config) (*Executor, error) {
 		exits:    make(chan runtime.Exit, 64),
 		mappings: mappingCache{m: map[string]*os.File{}},
 		filters:  map[[32]byte]*filter{},
+		known:    map[*specs.LinuxSeccomp]*filter{},
 		live:     map[string]*handle{},
 	}
 	return x, nil
@@ -150,6 +152,29 @@ func (x *Executor) filter(s *specs.LinuxSeccomp) (*filter, error) {
 	if s == nil {
 		return &filter{}, nil
 	}
+	// Containers share profiles by pointer, and a profile is never written: an
+	// exec of a known container does not have to encode it.
+	x.mu.Lock()
+	f := x.known[s]
+	x.mu.Unlock()
+	if f != nil {
+		return f, nil
+	}
+	f, err := x.compile(s)
+	if err != nil {
+		return nil, err
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if len(x.known) >= maxFilters {
+		clear(x.known)
+	}
+	x.known[s] = f
+	return f, nil
+}
+
+// compile compiles a profile unless an equal one has been.
+func (x *Executor) compile(s *specs.LinuxSeccomp) (*filter, error) {
 	b, err := json.Marshal(s)
 	if err != nil {
 		return nil, errs.New(errs.Internal, "encode the seccomp profile: %w", err)
