@@ -97,11 +97,8 @@ func (s *Server) resolveImage(spec *criv1.ImageSpec) (*images.Image, error) {
 		return nil, err
 	}
 	image, err := s.images.Resolve(ref)
-	if err := ignoreNotFound(err); err != nil {
-		return nil, err
-	}
 	if err != nil {
-		return nil, nil
+		return nil, ignoreNotFound(err)
 	}
 	return image, nil
 }

@@ -99,7 +99,7 @@ func bindAndRename(dir, path string, gids []uint32) (*net.UnixListener, fs.FileI
 	if err != nil {
 		return nil, nil, err
 	}
-	defer os.RemoveAll(private)
+	defer func() { _ = os.RemoveAll(private) }()
 	temp := filepath.Join(private, "s")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temp, Net: "unix"})
 	if err != nil {

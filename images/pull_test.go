@@ -318,7 +318,7 @@ func TestAlwaysAsks(t *testing.T) {
 			return false
 		}
 		w.Header().Set("WWW-Authenticate", `Basic realm="x"`)
-		w.WriteHeader(401)
+		w.WriteHeader(http.StatusUnauthorized)
 		return true
 	}
 	reg.SetHook(hook)
@@ -472,7 +472,7 @@ func TestStalledPullsStarveNobody(t *testing.T) {
 		}
 		w.Header().Set("Content-Length", "1000")
 		if r.ContentLength == 0 && isLayer(r.URL.Path) {
-			w.WriteHeader(200)
+			w.WriteHeader(http.StatusOK)
 			w.(http.Flusher).Flush()
 			stuck.Add(1)
 			<-r.Context().Done()
@@ -533,7 +533,7 @@ func TestUnreachable(t *testing.T) {
 	img := reg.Build("app", "v1", nil, regtest.Gzip(simple("a")))
 	reg.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
 		if strings.HasSuffix(r.URL.Path, img.Doc.Layers[0].Digest.String()) {
-			w.WriteHeader(502)
+			w.WriteHeader(http.StatusBadGateway)
 			return true
 		}
 		return false

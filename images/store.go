@@ -127,11 +127,11 @@ func (s *Store) openDirs() error {
 	if err := os.MkdirAll(s.cfg.Root, 0o700); err != nil {
 		return err
 	}
-	real, err := filepath.EvalSymlinks(s.cfg.Root)
+	root, err := filepath.EvalSymlinks(s.cfg.Root)
 	if err != nil {
 		return err
 	}
-	s.cfg.Root = real
+	s.cfg.Root = root
 	for _, d := range []struct {
 		name string
 		file **os.File
@@ -139,7 +139,7 @@ func (s *Store) openDirs() error {
 		{"", &s.dirs.root}, {"images", &s.dirs.images}, {"holds", &s.dirs.holds}, {"writable", &s.dirs.writable},
 		{"quarantine", &s.dirs.quarantine}, {"layers", nil}, {"trash", nil},
 	} {
-		path := filepath.Join(real, d.name)
+		path := filepath.Join(root, d.name)
 		f, err := private(path)
 		if err != nil {
 			return err
@@ -150,12 +150,12 @@ func (s *Store) openDirs() error {
 		}
 		*d.file = f
 	}
-	s.dirs.lock, err = os.OpenFile(filepath.Join(real, "lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	s.dirs.lock, err = os.OpenFile(filepath.Join(root, "lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
 	if err := unix.Flock(int(s.dirs.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return errs.New(errs.FailedPrecondition, "another process uses %s: %w", real, err)
+		return errs.New(errs.FailedPrecondition, "another process uses %s: %w", root, err)
 	}
 	return nil
 }

@@ -122,7 +122,8 @@ func (m *Manager) createContainer(ctx context.Context, k *call, p *podEntry) err
 }
 
 func createError(name string, err error) error {
-	if _, ok := err.(verbatim); ok {
+	var verbatim verbatim
+	if errors.As(err, &verbatim) {
 		return err
 	}
 	return fmt.Errorf("create %s: %w", name, err)

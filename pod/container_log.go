@@ -48,7 +48,7 @@ func makeLogFolders(_ context.Context, dir, rel string) error {
 	if err != nil {
 		return errs.New(errs.FailedPrecondition, "open log directory: %w", err)
 	}
-	defer root.Close()
+	defer func() { _ = root.Close() }()
 	if err := root.MkdirAll(sub, 0o755); err != nil {
 		return errs.New(errs.FailedPrecondition, "make log folder: %w", err)
 	}

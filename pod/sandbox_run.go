@@ -177,7 +177,7 @@ func (m *Manager) runSandbox(ctx context.Context, k *call) error {
 	}
 	if err != nil {
 		err = fmt.Errorf("run sandbox %s: %w", podName(c), err)
-		m.undoPod(ctx, p, &u, w.op, err)
+		_ = m.undoPod(ctx, p, &u, w.op, err) // what could not be undone is in the record, for the reaper
 		return err
 	}
 	m.log(ctx).V(2).Info("pod is ready", "pod", podName(c), "id", p.id, "took", time.Since(p.snap.Load().CreatedAt))

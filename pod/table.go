@@ -225,12 +225,6 @@ func clip(s string) string {
 	return s
 }
 
-// visible: a pod or container that is still being made is nobody's business
-// but its creator's. kubelet would take a half-made sandbox for a failed one
-// and ask for the next attempt instead of joining.
-func (p *podEntry) visible() bool       { return p.snap.Load().Phase != PhaseCreating }
-func (c *containerEntry) visible() bool { return c.snap.Load().Phase != PhaseCreating }
-
 func (t *table) listPods(f Filter) []*Pod {
 	all := *t.allPods.Load()
 	if id := cmpOr(f.ID, f.PodID); id != "" {

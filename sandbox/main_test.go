@@ -442,7 +442,7 @@ func askFor(ns *os.File, network, addr string, timeout time.Duration) (name stri
 		}
 		defer func() { _ = c.Close() }()
 		_ = c.SetDeadline(time.Now().Add(timeout))
-		line := ""
+		var line string
 		if strings.HasPrefix(network, "udp") {
 			buf := make([]byte, 128)
 			if _, err := c.Write([]byte("?")); err != nil {

@@ -82,7 +82,7 @@ func (m *Manager) unshare(o *opened, net, ipc, uts bool, hostname string) error 
 		return nil
 	}
 	err := sys.NamespaceThread(func() error {
-		if err := unix.Unshare(flags); err != nil {
+		if err := unix.Unshare(flags); err != nil { //nolint:forbidigo // on a thread of its own (sys.NamespaceThread)
 			return fmt.Errorf("unshare: %w", err)
 		}
 		for _, k := range kinds[:3] {

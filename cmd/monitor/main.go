@@ -6,6 +6,7 @@
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -95,7 +96,7 @@ func runKeeper(args []string, out io.Writer) error {
 	f.StringVar(&o.Binary, "binary", "", "") // internal: where the program lies on disk
 	f.IntVar(&o.Resume, "resume", 0, "")     // internal: the table of the previous program
 	switch err := f.Parse(args); {
-	case err == flag.ErrHelp:
+	case errors.Is(err, flag.ErrHelp):
 		_, err = io.WriteString(out, usage)
 		return err
 	case err != nil:

@@ -28,7 +28,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
-	"log"
+	"log" //nolint:depguard // http.Server takes its ErrorLog as this type only
 	"net"
 	"net/http"
 	"net/url"

@@ -79,7 +79,7 @@ func TestResume(t *testing.T) {
 				cut(w, data, 3<<20, len(data))
 			}
 			w.Header().Set("Content-Range", h)
-			w.WriteHeader(206)
+			w.WriteHeader(http.StatusPartialContent)
 			_, _ = w.Write(data)
 			return true
 		})
@@ -111,7 +111,7 @@ func TestBlobFromAnotherHost(t *testing.T) {
 		if r.Header.Get("Range") == "" {
 			cut(w, data, 1<<20, len(data))
 		}
-		w.WriteHeader(500)
+		w.WriteHeader(http.StatusInternalServerError)
 		return true
 	})
 	if got, err := readBlob(t.Context(), s.open("registry.example/app", nil), d, nil); err != nil || string(got) != string(data) {

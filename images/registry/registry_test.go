@@ -560,7 +560,10 @@ func TestMirrors(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 	}
-	mirror.SetHook(func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(503); return true })
+	mirror.SetHook(func(w http.ResponseWriter, _ *http.Request) bool {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return true
+	})
 	start := time.Now()
 	ok("mirror is ill")
 	if time.Since(start) > time.Second {
@@ -705,7 +708,7 @@ func TestAnswers(t *testing.T) {
 		if basicOnly("joe", canary)(w, r) {
 			return true
 		}
-		w.WriteHeader(400)
+		w.WriteHeader(http.StatusBadRequest)
 		_, _ = fmt.Fprintf(w, `{"errors":[{"code":"X","message":"you sent %s, which is %s\n\u001b"}]}`, r.Header.Get("Authorization"), canary)
 		return true
 	})
@@ -724,7 +727,7 @@ func TestAnswers(t *testing.T) {
 	// Registries without HEAD, or without Docker-Content-Digest.
 	reg.SetHook(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == http.MethodHead {
-			w.WriteHeader(405)
+			w.WriteHeader(http.StatusMethodNotAllowed)
 			return true
 		}
 		w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)

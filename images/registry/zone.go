@@ -72,14 +72,14 @@ const (
 // allows is the rule for going from a registry in zone from to an address in
 // zone to.
 func (p purpose) allows(from, to zone) bool {
-	switch {
-	case to == zonePublic:
+	switch to {
+	case zonePublic:
 		return true
-	case to == zoneSpecial:
+	case zoneSpecial:
 		return false
-	case to == from:
+	case from:
 		return true
-	case to == zonePrivate:
+	case zonePrivate:
 		return p == forBytes
 	}
 	return false

@@ -218,7 +218,7 @@ func TestSourceError(t *testing.T) {
 	_, err := runLayer(t, Blob{Size: int64(len(plain)), DiffID: digest.FromBytes(plain), Open: func(context.Context) (io.ReadCloser, error) {
 		return io.NopCloser(io.MultiReader(bytes.NewReader(plain[:1<<20]), errReader{broken})), nil
 	}}, Limits{})
-	if err != broken { //nolint:errorlint // the very error
+	if err != broken {
 		t.Fatal(err)
 	}
 }

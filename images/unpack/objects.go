@@ -245,7 +245,7 @@ func (e *extractor) byPath(parent int, base string, hdr *tar.Header, kind uint32
 		mode := uint32(hdr.Mode) & 0o7777
 		err := unix.Fchmodat(fd, "", mode, unix.AT_EMPTY_PATH) // fchmodat2(2), kernel 6.6
 		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
-			err = unix.Chmod("/proc/self/fd/"+strconv.Itoa(fd), mode)
+			err = unix.Chmod("/proc/self/fd/"+strconv.Itoa(fd), mode) //nolint:forbidigo // through /proc/self/fd of a descriptor we hold
 		}
 		if err != nil {
 			return err

@@ -161,7 +161,7 @@ func (k *creation) openNamespaces(ctx context.Context) error {
 
 // openNamespace opens a namespace file and checks what it is.
 func openNamespace(path string, kind int) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0) //nolint:forbidigo // a path of ours or of the host, not of the image
 	if err != nil {
 		return nil, errs.New(errs.FailedPrecondition, "open namespace %s: %w", path, err)
 	}
@@ -196,7 +196,7 @@ func (k *creation) joinedProc(context.Context) error {
 	}
 	defer func() { _ = unix.Close(nsfd) }()
 	return sys.OnThread(func() error {
-		if err := unix.Setns(nsfd, unix.CLONE_NEWNS); err != nil {
+		if err := unix.Setns(nsfd, unix.CLONE_NEWNS); err != nil { //nolint:forbidigo // on a thread of its own (sys.OnThread)
 			return fmt.Errorf("join the mount namespace of process %d: %w", pid, err)
 		}
 		fd, err := sys.Openat2(unix.AT_FDCWD, "/proc", unix.O_PATH|unix.O_DIRECTORY, 0, unix.RESOLVE_NO_SYMLINKS)
@@ -220,10 +220,10 @@ func (k *creation) joinedProc(context.Context) error {
 // makeStdio makes the container's standard streams and their other ends.
 func (k *creation) makeStdio(context.Context) (err error) {
 	dir := k.x.ioDir(k.c.ID)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil { //nolint:forbidigo // below our own run folder
 		return errs.New(errs.Internal, "make %s: %w", dir, err)
 	}
-	k.undo.Add("remove the FIFOs", func(context.Context) error { return os.RemoveAll(dir) })
+	k.undo.Add("remove the FIFOs", func(context.Context) error { return os.RemoveAll(dir) }) //nolint:forbidigo // below our own run folder
 	if k.kept.Log, err = openLog(k.c.LogPath); err != nil {
 		return err
 	}
@@ -309,7 +309,7 @@ func openStdinFIFO(path string) (r, w *os.File, err error) {
 }
 
 func openFIFO(path string, flags int) (*os.File, error) {
-	fd, err := unix.Open(path, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	fd, err := unix.Open(path, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0) //nolint:forbidigo // a path of ours; the last component is not followed
 	if err != nil {
 		return nil, errs.New(errs.Internal, "open FIFO %s: %w", path, err)
 	}
@@ -322,7 +322,7 @@ func openLog(path string) (*os.File, error) {
 	if path == "" {
 		return nil, nil
 	}
-	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0o640)
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0o640) //nolint:forbidigo // a path of ours; the last component is not followed
 	if err != nil {
 		return nil, errs.New(errs.FailedPrecondition, "open log file %s: %w", path, err)
 	}
@@ -510,10 +510,10 @@ func (k *creation) awaitReady(ctx context.Context) error {
 func (k *creation) assemble(ctx context.Context) error {
 	uid, gid := hostID(k.c.UIDMap, 0), hostID(k.c.GIDMap, 0)
 	err := sys.OnThread(func() error {
-		if err := unix.Setns(int(k.pidfd.Fd()), unix.CLONE_NEWNS); err != nil {
+		if err := unix.Setns(int(k.pidfd.Fd()), unix.CLONE_NEWNS); err != nil { //nolint:forbidigo // on a thread of its own (sys.OnThread)
 			return fmt.Errorf("join the container's mount namespace: %w", err)
 		}
-		unix.Umask(0o022)
+		unix.Umask(0o022) //nolint:forbidigo // on a thread of its own (sys.OnThread)
 		if uid != 0 || gid != 0 {
 			// What is made in the root file system belongs to the container's root.
 			if err := sys.ActAs(uid, gid); err != nil {

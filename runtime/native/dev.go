@@ -126,9 +126,10 @@ func (d *devices) requested(s *specs.LinuxDevice, c *runtime.Container) error {
 		}
 	}
 	mode := uint32(unix.S_IFCHR)
-	if s.Type == "b" {
+	switch s.Type {
+	case "b":
 		mode = unix.S_IFBLK
-	} else if s.Type == "p" {
+	case "p":
 		mode = unix.S_IFIFO
 	}
 	perm := uint32(0o666)

@@ -120,7 +120,7 @@ func (x *Executor) ExecSync(ctx context.Context, c *runtime.Container, s runtime
 		ctx, cancel = context.WithTimeoutCause(ctx, s.Timeout, errs.New(errs.DeadlineExceeded, "command %q timed out after %s", s.Args[0], s.Timeout))
 		defer cancel()
 	}
-	null, err := os.Open(os.DevNull)
+	null, err := os.Open(os.DevNull) //nolint:forbidigo // a path of the host
 	if err != nil {
 		return runtime.ExecResult{}, errs.New(errs.Internal, "open the null device: %w", err)
 	}
@@ -271,7 +271,7 @@ func (x *Executor) openSession(ctx context.Context, c *runtime.Container, tty bo
 		}
 		return s, nil
 	}
-	null := func() (*os.File, error) { return os.OpenFile(os.DevNull, os.O_RDWR, 0) }
+	null := func() (*os.File, error) { return os.OpenFile(os.DevNull, os.O_RDWR, 0) } //nolint:forbidigo // a path of ours or of the host, not of the image
 	if st.Stdin != nil {
 		s.stdin, s.child[0], err = sys.Pipe(false)
 	} else {

@@ -50,7 +50,6 @@ type process struct {
 	selinux     string
 	terminal    bool
 	keyring     string // name of the session keyring
-	shareNet    bool
 }
 
 // capabilities as bit masks.

@@ -145,7 +145,7 @@ func (x *Executor) Delete(ctx context.Context, c *runtime.Container) error {
 	if err != nil && !errs.Is(err, errs.NotFound) {
 		all = append(all, err)
 	}
-	if err := os.RemoveAll(x.ioDir(c.ID)); err != nil {
+	if err := os.RemoveAll(x.ioDir(c.ID)); err != nil { //nolint:forbidigo // below our own run folder
 		all = append(all, errs.New(errs.Internal, "remove the FIFOs of container %s: %w", short(c.ID), err))
 	}
 	return errors.Join(all...)

@@ -267,7 +267,7 @@ func (x *Executor) imageSubPath(ctx context.Context, c *runtime.Container, r run
 	defer func() { _ = whole.Close() }()
 	var t *os.File
 	err = sys.PrivateMounts(func() error {
-		at, err := os.OpenFile("/proc", unix.O_PATH|unix.O_DIRECTORY, 0)
+		at, err := os.OpenFile("/proc", unix.O_PATH|unix.O_DIRECTORY, 0) //nolint:forbidigo // a path of ours or of the host, not of the image
 		if err != nil {
 			return err
 		}
@@ -293,7 +293,7 @@ func (x *Executor) imageSubPath(ctx context.Context, c *runtime.Container, r run
 // new mount namespace and ends with the old root gone: what is not attached
 // here does not exist for the container.
 func (p *place) assemble(c *runtime.Container) error {
-	at, err := os.OpenFile("/rootfs", unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	at, err := os.OpenFile("/rootfs", unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0) //nolint:forbidigo // a path of ours or of the host, not of the image
 	if err != nil {
 		return fmt.Errorf("open the place for the root file system: %w", err)
 	}
@@ -640,9 +640,9 @@ func (p *place) readonlyRoot(c *runtime.Container) error {
 // pivot makes the container's root the root of the namespace, for the waiting
 // child too, and lets go of the old one.
 func (p *place) pivot(*runtime.Container) error {
-	if err := unix.Fchdir(int(p.root.Fd())); err != nil {
+	if err := unix.Fchdir(int(p.root.Fd())); err != nil { //nolint:forbidigo // on a thread of its own (sys.OnThread)
 		// p.root is a mount descriptor without read permission on old kernels.
-		if err := unix.Chdir("/rootfs"); err != nil {
+		if err := unix.Chdir("/rootfs"); err != nil { //nolint:forbidigo // on a thread of its own (sys.OnThread)
 			return fmt.Errorf("enter the root file system: %w", err)
 		}
 	}

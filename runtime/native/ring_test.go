@@ -29,7 +29,7 @@ import (
 // ring is an executor on the real kernel, with a real monitor.
 type ring struct {
 	*Executor
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	parent string
 	layer  string
@@ -37,7 +37,7 @@ type ring struct {
 
 // newRing builds naru-monitor, starts a keeper in a temporary folder and makes
 // a layer with a static busybox.
-func newRing(t *testing.T) *ring {
+func newRing(t testing.TB) *ring {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: namespaces, mounts, cgroups")
@@ -139,20 +139,27 @@ func (r *ring) container(args ...string) *runtime.Container {
 	}
 }
 
-func (r *ring) create(c *runtime.Container) error {
+// rootfs mounts the layer with new writable folders.
+func (r *ring) rootfs(c *runtime.Container) *os.File {
 	r.t.Helper()
 	up, work := filepath.Join(r.dir, "images", "containers", c.ID, "u"), filepath.Join(r.dir, "images", "containers", c.ID, "w")
 	for _, d := range []string{up, work} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
-			return err
+			r.t.Fatal(err)
 		}
 	}
 	c.Rootfs = runtime.Rootfs{Lower: []string{r.layer}, Upper: up, Work: work}
 	root, err := r.MountRootfs(r.t.Context(), c.ID, c.Rootfs, c.UIDMap, c.GIDMap)
 	if err != nil {
-		return err
+		r.t.Fatal(err)
 	}
-	_, err = r.Create(r.t.Context(), c, root)
+	return root
+}
+
+func (r *ring) create(c *runtime.Container) error {
+	r.t.Helper()
+	root := r.rootfs(c)
+	_, err := r.Create(r.t.Context(), c, root)
 	if err == nil {
 		r.t.Cleanup(func() {
 			if err := r.Delete(context.Background(), c); err != nil {
@@ -354,18 +361,7 @@ func TestManyAtOnce(t *testing.T) {
 		wg.Go(func() {
 			for range 25 {
 				c := r.container("true")
-				up, work := filepath.Join(r.dir, "images", "containers", c.ID, "u"), filepath.Join(r.dir, "images", "containers", c.ID, "w")
-				for _, d := range []string{up, work} {
-					if err := os.MkdirAll(d, 0o755); err != nil {
-						t.Error(err)
-					}
-				}
-				c.Rootfs = runtime.Rootfs{Lower: []string{r.layer}, Upper: up, Work: work}
-				root, err := r.MountRootfs(t.Context(), c.ID, c.Rootfs, nil, nil)
-				if err != nil {
-					t.Error(err)
-					return
-				}
+				root := r.rootfs(c)
 				if _, err := r.Create(t.Context(), c, root); err != nil {
 					t.Error(err)
 					return

@@ -83,7 +83,7 @@ func overlayByPath(r runtime.Rootfs) (*os.File, error) {
 		return sys.CloneTree(unix.AT_FDCWD, r.Lower[0], false)
 	}
 	base := commonDir(r)
-	if err := unix.Chdir(base); err != nil {
+	if err := unix.Chdir(base); err != nil { //nolint:forbidigo // on a thread of its own (sys.OnThread)
 		return nil, fmt.Errorf("enter %s: %w", base, err)
 	}
 	rel := func(p string) string {
@@ -106,7 +106,7 @@ func overlayByPath(r runtime.Rootfs) (*os.File, error) {
 	}
 	// Mounted over a folder that this private namespace does not need.
 	const at = "/proc"
-	if err := unix.Mount("overlay", at, "overlay", 0, data); err != nil {
+	if err := unix.Mount("overlay", at, "overlay", 0, data); err != nil { //nolint:forbidigo // in a private namespace, on a path of ours
 		return nil, fmt.Errorf("mount overlay (%d layers below %s): %w", len(lower), base, err)
 	}
 	return sys.CloneTree(unix.AT_FDCWD, at, false)
@@ -148,7 +148,7 @@ func (x *Executor) idmappedOverlay(ctx context.Context, r runtime.Rootfs, uid, g
 		if err := idmap(t, userns, false); err != nil {
 			return err
 		}
-		d, err := os.OpenFile(base, unix.O_PATH|unix.O_DIRECTORY, 0)
+		d, err := os.OpenFile(base, unix.O_PATH|unix.O_DIRECTORY, 0) //nolint:forbidigo // a path of ours or of the host, not of the image
 		if err != nil {
 			return err
 		}

@@ -202,7 +202,7 @@ func walk(dir *os.File, name string, depth int, out *[]specs.LinuxDevice) error 
 
 // node makes a device of a stat, if it is one.
 func node(p string, st *unix.Stat_t) (specs.LinuxDevice, bool) {
-	kind := ""
+	var kind string
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFCHR:
 		kind = "c"

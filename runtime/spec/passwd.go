@@ -120,7 +120,7 @@ func lines(r io.Reader, path string, each func(fields [][]byte) (stop bool, err 
 			}
 		}
 		if err != nil {
-			return nil
+			return nil //nolint:nilerr // the end of the file
 		}
 	}
 }
@@ -133,7 +133,7 @@ func findAccount(r io.Reader, name string, uid uint32) (found *account, err erro
 		}
 		id, numeric, idErr := ParseID(string(f[2]))
 		if name != "" && string(f[0]) != name || name == "" && (!numeric || idErr != nil || id != uid) {
-			return false, nil
+			return false, nil //nolint:nilerr // not the one; its faults are nobody's
 		}
 		gid, gidNumeric, gidErr := ParseID(string(f[3]))
 		if !numeric || idErr != nil || !gidNumeric || gidErr != nil {

@@ -278,10 +278,10 @@ func missing(err error) bool { return errors.Is(err, unix.ENOENT) }
 // change adds or deletes elements in one transaction.
 func (f *Firewall) change(elems map[*nftables.Set][]element, add bool) error {
 	c := f.conn()
-	any := false
+	some := false
 	for _, set := range f.sets.all() {
 		for chunk := range slices.Chunk(elems[set], maxElements) {
-			any = true
+			some = true
 			var err error
 			if add {
 				err = c.SetAddElements(set, encode(chunk))
@@ -293,7 +293,7 @@ func (f *Firewall) change(elems map[*nftables.Set][]element, add bool) error {
 			}
 		}
 	}
-	if !any {
+	if !some {
 		return nil
 	}
 	return flush(c, "change elements of table "+f.cfg.Table)

@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"errors"
 	"io"
 	"syscall"
 	"time"
@@ -213,7 +214,7 @@ func (k *keeper) readSocket() bool {
 		if err == unix.EAGAIN {
 			return true
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return false
 		}
 		if err != nil {

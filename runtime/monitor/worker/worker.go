@@ -65,7 +65,6 @@ type worker struct {
 	poll     *poller
 	pool     *pool
 	listener *os.File
-	clones   atomic.Uint64
 	busy     chan struct{} // one slot per running request
 	tidying  atomic.Bool
 
