@@ -10,7 +10,7 @@ DESTDIR   ?=
 SYSCONFDIR ?= /etc
 UNITDIR   ?= $(PREFIX)/lib/systemd/system
 CACHE     := $(or $(NARU_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/naru)
-VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+VERSION   ?= $(shell git describe --tags --dirty 2>/dev/null || echo 0.1.0-dev$$(git rev-parse --short HEAD 2>/dev/null | sed -n '/^[0-9a-f]*$$/s/^/+g/p'))
 FUZZTIME  ?= 30s
 ROUNDS    ?= 5
 
@@ -95,8 +95,8 @@ kubelet-smoke: check-root check-test build cri-tools hack-tools kubelet ## The r
 	@hack/kubelet-smoke.sh
 
 .PHONY: bench
-bench: check-root check-test build hack-tools ## Compare with Debian's containerd and runc; ROUNDS=5, ENFORCE=1 to fail on a missed target
-	@ROUNDS=$(ROUNDS) ENFORCE=$(ENFORCE) hack/bench.sh
+bench: check-root check-test build hack-tools ## Compare with Debian's containerd and runc; ROUNDS=5, ENFORCE=1 fails on a missed target, DOC=1 writes docs/performance.md
+	@ROUNDS=$(ROUNDS) ENFORCE=$(ENFORCE) DOC=$(DOC) hack/bench.sh
 
 .PHONY: vm-image
 vm-image: check-root ## Build the cgroup v2 test machine (Debian 12 under QEMU), once
@@ -121,6 +121,7 @@ install: ## Install to PREFIX (/usr/local), DESTDIR honoured; existing configura
 	install -d -m 0755 $(DESTDIR)$(SYSCONFDIR)/naru/config.d $(DESTDIR)$(SYSCONFDIR)/naru/certs.d
 	[ -e $(DESTDIR)$(SYSCONFDIR)/naru/config.toml ] || { $(bin)/naru config default >$(DESTDIR)$(SYSCONFDIR)/naru/config.toml && chmod 0600 $(DESTDIR)$(SYSCONFDIR)/naru/config.toml; }
 	[ -e $(DESTDIR)$(SYSCONFDIR)/crictl.yaml ] || install -D -m 0644 packaging/crictl.yaml $(DESTDIR)$(SYSCONFDIR)/crictl.yaml
+	install -D -m 0644 packaging/apparmor/naru-default $(DESTDIR)$(SYSCONFDIR)/apparmor.d/naru-default
 	install -d -m 0755 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	$(bin)/naru completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/naru
 	@echo "installed; next: systemctl daemon-reload && systemctl enable --now naru"
@@ -129,6 +130,7 @@ install: ## Install to PREFIX (/usr/local), DESTDIR honoured; existing configura
 uninstall: ## Remove what install put there; configuration and /var/lib/naru stay
 	rm -f $(DESTDIR)$(PREFIX)/bin/naru $(DESTDIR)$(PREFIX)/bin/naru-monitor
 	rm -f $(DESTDIR)$(UNITDIR)/naru.service $(DESTDIR)$(UNITDIR)/naru-monitor.service
+	rm -f $(DESTDIR)$(SYSCONFDIR)/apparmor.d/naru-default
 	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/naru
 	@echo "removed; kept: $(DESTDIR)$(SYSCONFDIR)/naru, $(DESTDIR)$(SYSCONFDIR)/crictl.yaml, /var/lib/naru"
 

@@ -78,7 +78,7 @@ var markdownLink = regexp.MustCompile(`\]\(([^)#\s]+)(#[^)\s]*)?\)`)
 // TestLinks checks that the links between the documents lead somewhere.
 func TestLinks(t *testing.T) {
 	docs, _ := filepath.Glob("docs/*.md")
-	for _, doc := range append(docs, "README.md", "CHANGELOG.md", "hack/README.md") {
+	for _, doc := range append(docs, "README.md", "CHANGELOG.md", "hack/README.md", "hack/vm/README.md", "hack/bench/README.md") {
 		text, err := os.ReadFile(doc)
 		if err != nil {
 			t.Error(err)

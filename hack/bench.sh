@@ -6,6 +6,7 @@
 #            RUN=pod,exec,...  measures (density, list, log and burst, too)
 #            JSON=FILE         where to put the figures
 #            ENFORCE=1         fail if a target is missed
+#            DOC=1             put the table into docs/performance.md
 . "$(dirname "$0")/lib.sh"
 . "$top/hack/naru.sh"
 . "$top/hack/containerd.sh"
@@ -46,7 +47,14 @@ rc=0
 # One compare run for all: the report then holds every measure.
 compare "${RUN:-pod,exec,density,list,log,burst}" --count "pod=10,exec=50,list=50,log=1" --pods 60 --base-pods 10 || rc=$?
 say
-"$bin/cribench" report ${ENFORCE:+--enforce} "$json" || rc=$?
+"$bin/cribench" report ${ENFORCE:+--enforce} "$json" | tee "$work/table" || rc=$?
+if [ -n "${DOC:-}" ]; then
+	awk -v table="$work/table" '
+		/^<!-- table -->$/ { print; print ""; while ((getline line < table) > 0) print line; print ""; skip = 1; next }
+		/^<!-- \/table -->$/ { skip = 0 }
+		!skip' "$top/docs/performance.md" >"$work/performance.md"
+	cp "$work/performance.md" "$top/docs/performance.md"
+fi
 say
 say "the figures are in $json"
 naru_down

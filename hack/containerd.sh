@@ -9,6 +9,7 @@ containerd_up() {
 	local dir=$work/containerd certs=${1:-} set pause
 	need containerd runc ctr
 	mkdir -p "$dir/cni"
+	as_run "$dir/state"
 	cat >"$dir/cni/10-bridge.conflist" <<-EOF
 	{"cniVersion": "1.0.0", "name": "peer", "plugins": [
 	  {"type": "bridge", "bridge": "peer0", "isGateway": true, "ipMasq": true, "hairpinMode": true,

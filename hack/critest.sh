@@ -7,6 +7,7 @@
 #            PARALLEL=2        test nodes (1 = no ginkgo command)
 #            FOCUS='text'      only the specs whose name matches
 #            LEAST=105         how many specs must pass
+#            REPORT=FILE       where to put the JUnit report, and all logs beside it
 #            KEEP_FAILED=1     keep the logs of a run that failed
 . "$(dirname "$0")/lib.sh"
 . "$top/hack/naru.sh"
@@ -41,7 +42,8 @@ runtime_up
 say "critest against $(crictl version | awk -F': *' '/RuntimeName|RuntimeVersion/ {printf "%s ", $2}')(ready after $(since "$t") s)"
 
 flags=(-config /nonexistent -runtime-endpoint "$endpoint" -ginkgo.no-color
-	"-ginkgo.junit-report=$work/junit.xml" "-ginkgo.timeout=${CRITEST_TIMEOUT:-10m}" "-parallel=$parallel")
+	"-ginkgo.junit-report=$work/junit.xml" "-ginkgo.timeout=${CRITEST_TIMEOUT:-10m}")
+[ "$parallel" = 1 ] || flags+=("-parallel=$parallel")
 [ -z "${FOCUS:-}" ] || flags+=("-ginkgo.focus=$FOCUS")
 # What critest makes in the temporary folder goes away with ours.
 mkdir "$work/tmp"
@@ -50,7 +52,7 @@ t=$EPOCHREALTIME
 (cd "$work/tmp" && TMPDIR=$work/tmp PATH=$bin:$PATH in_ns "$work/critest" "${flags[@]}" "$@") >"$work/log/critest" 2>&1 || rc=$?
 say "critest took $(since "$t") s and ended with $rc"
 [ -s "$work/junit.xml" ] || { tail -40 "$work/log/critest" >&2; die "critest left no report"; }
-if [ -n "${REPORT:-}" ]; then cp "$work/junit.xml" "$REPORT"; cp "$work/log/critest" "$REPORT.log"; fi
+if [ -n "${REPORT:-}" ]; then cp "$work/junit.xml" "$REPORT"; rm -rf "$REPORT.logs"; cp -r "$work/log" "$REPORT.logs"; fi
 
 check=(--expected "$top/hack/critest-$target.expected")
 least=${LEAST:-105}

@@ -109,6 +109,7 @@ container_step() {
 		crictl start "$(kept $name)" >/dev/null
 	done
 	crictl ps
+	if [ "${PEER:-naru}" = naru ]; then naru_cli ps; fi
 }
 
 ip_step() {

@@ -164,6 +164,12 @@ unmount_below() {
 	done
 }
 
+# as_run DIR makes DIR what /run is on a real machine: a tmpfs.
+as_run() {
+	mkdir -p "$1"
+	awk -v d="$1" '$5 == d {found = 1} END {exit !found}' /proc/self/mountinfo || mount -t tmpfs -o mode=0700,nosuid,nodev tmpfs "$1"
+}
+
 # place_empty fails, and names them, if processes of the current place are left;
 # else it removes the place's cgroup.
 place_empty() {
@@ -248,7 +254,7 @@ leftovers() {
 # registry_up LAYOUT... serves image layouts on 127.0.0.1 inside the
 # namespace and sets $registry to its address.
 registry_up() {
-	spawn registry "$bin/testimages" registry --listen 127.0.0.1:5000 --addr-file "$work/registry" "$@"
+	spawn registry "$bin/testimages" registry -v --listen 127.0.0.1:5000 --addr-file "$work/registry" "$@"
 	wait_for 30 test -s "$work/registry" || { cat "$work/log/registry" >&2; die "the registry does not come up"; }
 	registry=$(cat "$work/registry")
 }

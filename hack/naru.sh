@@ -14,6 +14,7 @@ naru_cgroup_parent() { echo "/$run_name-pods"; }
 naru_up() {
 	naru_paths
 	mkdir -p "$work/certs.d"
+	as_run "$work/run"
 	[ -z "${registry:-}" ] || mirror_everything "$work/certs.d"
 	cat >"$work/config.toml" <<-EOF
 	version = 1

@@ -13,6 +13,7 @@ mkdir -p /usr/local/lib/systemd/system /etc/naru/config.d /etc/naru/certs.d
 for u in naru.service naru-monitor.service; do
 	sed 's|@PREFIX@|/usr/local|g; s|@SYSCONFDIR@|/etc|g' "$tree/packaging/$u" >/usr/local/lib/systemd/system/$u
 done
+install -D -m 0644 "$tree/packaging/apparmor/naru-default" /etc/apparmor.d/naru-default
 naru config default >/etc/naru/config.toml
 naru config check --config /etc/naru/config.toml
 cp "$tree/packaging/crictl.yaml" /etc/crictl.yaml
@@ -21,8 +22,13 @@ systemctl daemon-reload
 systemctl enable --now naru || die "the unit does not start"
 [ "$(systemctl is-active naru)" = active ] || die "naru is not active"
 say "started; systemd was told when it was ready"
+grep -q '^naru-default (enforce)' /sys/kernel/security/apparmor/profiles || die "the AppArmor profile is not loaded"
 naru doctor || true
-crictl info | grep -q '"status": true' || die "no condition is true"
+# The default waits for a pod range; say one by a drop-in.
+printf '[network]\npod_cidr = ["10.85.0.0/16"]\n' >/etc/naru/config.d/10-range.toml
+naru config check
+systemctl restart naru || die "does not start with a drop-in"
+crictl info | tr -d ' \n' | grep -q '"type":"NetworkReady","status":true\|"status":true,"type":"NetworkReady"' || { crictl info; die "the network is not ready"; }
 
 for image in nginx busybox; do
 	"$tree/bin/testimages" archive "$tree/images/demo" "localhost/demo/$image:1" /var/tmp/$image.tar
@@ -46,6 +52,8 @@ say "container runs as process $pid in $(cut -d: -f3 "/proc/$pid/cgroup")"
 grep -q "kubepods-demo.slice/.*naru-.*scope" "/proc/$pid/cgroup" || die "not in a scope under the pod's slice"
 [ "$(cat "/sys/fs/cgroup$(cut -d: -f3 "/proc/$pid/cgroup")/memory.max")" = 67108864 ] || die "the memory limit is not set"
 
+[ "$(cat "/proc/$pid/attr/apparmor/current")" = "naru-default (enforce)" ] || die "not under the AppArmor profile: $(cat "/proc/$pid/attr/apparmor/current")"
+
 running() { [ "$(crictl ps --id "$container" -q)" ] && kill -0 "$pid" 2>/dev/null; }
 wait_running() { for _ in $(seq 200); do if running 2>/dev/null; then return 0; fi; sleep 0.2; done; return 1; }
 
@@ -56,6 +64,21 @@ kill -KILL "$(systemctl show -p MainPID --value naru)"
 sleep 2
 wait_running || die "the container did not survive SIGKILL of the daemon"
 say "survived SIGKILL of the daemon; systemd started it again"
+keeper=$(systemctl show -p MainPID --value naru-monitor)
+worker() { ps -o pid=,args= --ppid "$keeper" | awk '/naru-monitor worker/ {print $1}'; }
+old=$(worker)
+kill -KILL "$old"
+for _ in $(seq 100); do [ -n "$(worker)" ] && [ "$(worker)" != "$old" ] && break; sleep 0.1; done
+[ -n "$(worker)" ] || die "the keeper started no other worker"
+[ "$(crictl exec --sync "$container" echo there)" = there ] || die "no exec after SIGKILL of the worker"
+wait_running || die "the container did not survive SIGKILL of the worker"
+say "survived SIGKILL of the worker"
+systemctl reload naru-monitor
+sleep 1
+[ "$(systemctl show -p MainPID --value naru-monitor)" = "$keeper" ] || die "the keeper's process changed with reload"
+[ "$(crictl exec --sync "$container" echo there)" = there ] || die "no exec after the keeper replaced itself"
+wait_running || die "the container did not survive the keeper's execve"
+say "survived the keeper's execve in place (systemctl reload naru-monitor)"
 systemctl daemon-reload
 running || die "the container did not survive daemon-reload"
 
