@@ -213,6 +213,10 @@ func (m *Manager) containerSteps(w *containerWork) []step {
 				root := w.root
 				w.root = nil // Create takes it over, come what may
 				w.proc, err = m.deps.Executor.Create(ctx, w.rc, root)
+				var volume *runtime.ImageVolumeError
+				if errors.As(err, &volume) {
+					return verbatim{volume}
+				}
 				return err
 			},
 			undo: func(ctx context.Context) error {

@@ -22,9 +22,13 @@ func (m *Manager) buildContainer(w *containerWork) error {
 	if h == nil {
 		return errs.New(errs.Internal, "the pod has no sandbox")
 	}
-	mode, target, err := m.pidMode(w.pod, cfg)
+	mode, t, err := m.pidMode(w.pod, cfg)
 	if err != nil {
 		return err
+	}
+	target, targetID := 0, ""
+	if t != nil {
+		target, targetID = t.PID, t.ID
 	}
 	security := cfg.Security
 	security.PIDMode = mode
@@ -57,7 +61,7 @@ func (m *Manager) buildContainer(w *containerWork) error {
 	w.user = user
 	w.rc = &runtime.Container{
 		ID: w.c.id, SandboxID: w.pod.ID, Spec: oci, Resources: cfg.Resources, Rootfs: w.rootfs, Mounts: w.mounts, Images: w.volumes,
-		Namespaces: h.Namespaces, PIDMode: mode, TargetPID: target, Cgroup: w.c.cgroup,
+		Namespaces: h.Namespaces, PIDMode: mode, TargetPID: target, TargetID: targetID, Cgroup: w.c.cgroup,
 		UIDMap: p.UIDMap, GIDMap: p.GIDMap, Shm: h.Shm, EtcFiles: h.EtcFiles,
 		LogPath: w.c.snap.Load().LogPath, TTY: cfg.TTY, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
 		Privileged: cfg.Security.Privileged, Volumes: volumes,
@@ -66,34 +70,34 @@ func (m *Manager) buildContainer(w *containerWork) error {
 }
 
 // pidMode says which PID namespace a container gets, and for mode target the
-// pid whose namespace that is.
-func (m *Manager) pidMode(pod *Pod, c *ContainerConfig) (mode runtime.PIDMode, target int, err error) {
+// container whose namespace that is.
+func (m *Manager) pidMode(pod *Pod, c *ContainerConfig) (mode runtime.PIDMode, target *Container, err error) {
 	switch c.Security.PIDMode {
 	case "", runtime.PIDContainer:
-		return runtime.PIDContainer, 0, nil
+		return runtime.PIDContainer, nil, nil
 	case runtime.PIDPod:
 		// "The pod's" is what its sandbox was given (CRI: NamespaceMode POD).
 		switch {
 		case pod.Config.PID == runtime.PIDNode:
-			return runtime.PIDNode, 0, nil
+			return runtime.PIDNode, nil, nil
 		case pod.Handle == nil || pod.Handle.Namespaces.PID == "":
-			return "", 0, errs.New(errs.FailedPrecondition,
+			return "", nil, errs.New(errs.FailedPrecondition,
 				"the pod's PID namespace is asked for, but its sandbox was made without one")
 		}
-		return runtime.PIDPod, 0, nil
+		return runtime.PIDPod, nil, nil
 	case runtime.PIDTarget:
 		t, err := m.Container(c.Security.PIDTarget)
 		switch {
 		case err != nil:
-			return "", 0, errs.New(errs.InvalidArgument, "target container: %w", err)
+			return "", nil, errs.New(errs.InvalidArgument, "target container: %w", err)
 		case t.PodID != pod.ID:
-			return "", 0, errs.New(errs.InvalidArgument, "target container %s is in another pod", short(t.ID))
+			return "", nil, errs.New(errs.InvalidArgument, "target container %s is in another pod", short(t.ID))
 		case t.State != StateRunning || t.PID == 0:
-			return "", 0, errs.New(errs.FailedPrecondition, "target container %s is %s, not running", short(t.ID), describe(t))
+			return "", nil, errs.New(errs.FailedPrecondition, "target container %s is %s, not running", short(t.ID), describe(t))
 		}
-		return runtime.PIDTarget, t.PID, nil
+		return runtime.PIDTarget, t, nil
 	}
-	return c.Security.PIDMode, 0, nil
+	return c.Security.PIDMode, nil, nil
 }
 
 func validSysctls(c *SandboxConfig) error {

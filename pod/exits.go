@@ -47,21 +47,31 @@ func (m *Manager) takeExits(ctx context.Context) {
 			slots <- struct{}{}
 			wg.Go(func() {
 				defer func() { <-slots }()
-				ctx, cancel := detach(ctx, exitTimeout, "take exit of container "+short(e.ID))
-				defer cancel()
-				m.exited(ctx, e)
+				// Told once: nobody asks again while the monitor is there.
+				for ctx.Err() == nil {
+					if m.takeExit(ctx, e) {
+						return
+					}
+				}
 			})
 		}
 	}
 }
 
+func (m *Manager) takeExit(ctx context.Context, e runtime.Exit) (taken bool) {
+	ctx, cancel := detach(ctx, exitTimeout, "take exit of container "+short(e.ID))
+	defer cancel()
+	return m.exited(ctx, e)
+}
+
 // exited takes one exit. It may come late, more than once, and while a start
-// or a create is not through; it is the kernel's word and always wins.
-func (m *Manager) exited(ctx context.Context, e runtime.Exit) {
+// or a create is not through; it is the kernel's word and always wins. It is not
+// taken when a change of the container is stuck until ctx ends.
+func (m *Manager) exited(ctx context.Context, e runtime.Exit) (taken bool) {
 	c := m.table.container(e.ID)
 	if c == nil {
 		klog.FromContext(ctx).V(4).Info("exit of a container that is not known", "id", e.ID)
-		return
+		return true
 	}
 	f := exitFact{Exit: e}
 	s := c.snap.Load()
@@ -75,11 +85,12 @@ func (m *Manager) exited(ctx context.Context, e runtime.Exit) {
 		}
 	}
 	if err := c.state.lock(ctx); err != nil {
-		m.log(ctx).Error(err, "exit waits for a stuck change, it will be asked for again", "id", c.id)
-		return
+		m.log(ctx).Error(err, "exit waits for a stuck change", "id", c.id)
+		return false
 	}
 	defer c.state.unlock()
 	m.takeFact(ctx, c, f)
+	return true
 }
 
 func (m *Manager) oomKilled(ctx context.Context, c *containerEntry) bool {
@@ -148,11 +159,11 @@ func (m *Manager) settleExit(ctx context.Context, c *containerEntry, f func(*Con
 		m.log(ctx).Error(err, "exit does not fit the container's phase", "id", c.id) // a bug of ours
 		return
 	}
-	if !c.closed {
-		c.closed = true
-		close(c.ended)
-	}
 	s := c.snap.Load()
 	m.log(ctx).V(2).Info("container exited", "container", m.nameOf(c), "id", c.id, "code", s.ExitCode, "reason", s.Reason)
 	m.tell(EventStopped, c.podID, c.id)
+	if !c.closed { // after the event: who waits for the end may go on to stop the pod
+		c.closed = true
+		close(c.ended)
+	}
 }

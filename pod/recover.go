@@ -202,7 +202,11 @@ func (m *Manager) endOrphans(ctx context.Context, r *Report, states map[string]r
 		if rc, err := m.specs.get(id); err == nil {
 			view = rc
 		}
-		if err := m.deps.Executor.Delete(ctx, view); err != nil {
+		err := m.deps.Executor.Delete(ctx, view)
+		if err == nil && view.Cgroup != "" { // as for one without a pod; its pod's may be gone too
+			err = m.leavePodCgroup(ctx, path.Dir(view.Cgroup))
+		}
+		if err != nil {
 			r.problem("orphan %s: %v", short(id), err)
 		}
 		cancel()
@@ -270,6 +274,9 @@ func (m *Manager) lost(ctx context.Context, c *containerEntry, why string) {
 		return
 	}
 	defer c.state.unlock()
+	if !alive(c.snap.Load().Phase) {
+		return // its exit came after all
+	}
 	if c.snap.Load().Phase == PhaseStarting {
 		if err := m.show(c, hapReset, false, nil); err != nil {
 			return

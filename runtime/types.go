@@ -158,6 +158,21 @@ type ImageVolume struct {
 	SubPath string   `json:"sub_path,omitempty"`
 }
 
+// ImageVolumeError tells that an image volume cannot be mounted. kubelet knows
+// it by the first word of its text (cri-api, pkg/errors).
+type ImageVolumeError struct {
+	Path string // in the container
+	Err  error
+}
+
+// Error implements error.
+func (e *ImageVolumeError) Error() string {
+	return "ImageVolumeMountFailed: volume " + e.Path + ": " + e.Err.Error()
+}
+
+// Unwrap gives the reason, which has the class.
+func (e *ImageVolumeError) Unwrap() error { return e.Err }
+
 // Container is everything the executor needs to create one container. Spec is
 // an ordinary OCI runtime spec made by runtime/spec; the fields beside it are
 // what OCI has no place for.
@@ -169,7 +184,8 @@ type Container struct {
 	Images     map[int]ImageVolume `json:"image_volumes,omitempty"` // by index in Mounts
 	Namespaces Namespaces          `json:"namespaces"`
 	PIDMode    PIDMode             `json:"pid_mode"`
-	TargetPID  int                 `json:"target_pid,omitempty"` // PIDTarget: pid of the target's first process
+	TargetPID  int                 `json:"target_pid,omitempty"` // PIDTarget: pid of the target's first process, for the spec
+	TargetID   string              `json:"target_id,omitempty"`  // PIDTarget: id of the target, by which the executor finds it
 	SandboxID  string              `json:"sandbox_id"`
 	Cgroup     string              `json:"cgroup"` // path of the cgroup, see runtime/cgroup
 	Resources  Resources           `json:"resources"`

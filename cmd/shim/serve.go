@@ -163,6 +163,9 @@ func monitorBinary(configured string) (string, error) {
 		}
 	}
 	for dir := range strings.SplitSeq(os.Getenv("PATH"), ":") {
+		if !filepath.IsAbs(dir) {
+			continue // depends on where the daemon was started
+		}
 		p := filepath.Join(dir, "naru-monitor")
 		if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() {
 			return p, nil

@@ -2,6 +2,7 @@ package native
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -35,13 +36,14 @@ func (x *Executor) createCgroup(ctx context.Context, c *runtime.Container) (*cgr
 		return nil, err
 	}
 	k := &scopeHolder{helper: h}
-	if err := g.AddPID(ctx, h.proc.PID); err != nil {
-		k.close()
-		return nil, err
+	if err = g.AddPID(ctx, h.proc.PID); err == nil {
+		err = g.OpenFDs()
 	}
-	if err := g.OpenFDs(); err != nil {
+	if err != nil {
 		k.close()
-		return nil, err
+		uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), setupTimeout)
+		defer cancel()
+		return nil, errors.Join(err, g.Remove(uctx))
 	}
 	x.holders.Store(c.ID, k)
 	return g, nil

@@ -41,6 +41,7 @@ type creation struct {
 	plan    *launch
 	builder *monitor.ExecProcess
 	pid     int
+	start   uint64
 	pidfd   *os.File
 }
 
@@ -58,6 +59,11 @@ func (x *Executor) Create(ctx context.Context, c *runtime.Container, root *os.Fi
 	k := &creation{x: x, c: c, place: place{root: root, fs: map[string]*os.File{}}}
 	defer func() {
 		k.place.close()
+		if k.builder != nil {
+			// It has ended by itself, unless the creation failed.
+			_ = unix.PidfdSendSignal(sys.FD(k.builder.PIDFD), unix.SIGKILL, nil, 0)
+			k.builder.Close()
+		}
 		if k.group != nil {
 			k.group.Close()
 		}
@@ -72,6 +78,7 @@ func (x *Executor) Create(ctx context.Context, c *runtime.Container, root *os.Fi
 		{"read the spec", k.readSpec}, {"open volumes", k.openPlace}, {"make the cgroup", k.makeCgroup},
 		{"open namespaces", k.openNamespaces}, {"make stdio", k.makeStdio}, {"clone", k.cloneChild},
 		{"wait for file systems", k.awaitReady}, {"assemble the root file system", k.assemble}, {"wait for the first process", k.awaitCreated},
+		{"read its start time", k.readStart},
 	} {
 		if err := s.do(ctx); err != nil {
 			err = errs.New(errs.Of(err), "create container %s: %s: %w", short(c.ID), s.name, err)
@@ -81,12 +88,8 @@ func (x *Executor) Create(ctx context.Context, c *runtime.Container, root *os.Fi
 			return runtime.Process{}, errors.Join(err, k.undo.Run(uctx))
 		}
 	}
-	start, err := startTime(x.proc, k.pid)
-	if err != nil {
-		return runtime.Process{}, err
-	}
 	x.remember(c.ID, k.pid, k.pidfd, k.process.args[0])
-	return runtime.Process{PID: k.pid, StartTime: start}, nil
+	return runtime.Process{PID: k.pid, StartTime: k.start}, nil
 }
 
 func (k *creation) readSpec(context.Context) (err error) {
@@ -118,6 +121,7 @@ func (k *creation) makeCgroup(ctx context.Context) error {
 	}
 	k.group = g
 	k.undo.Add("remove the cgroup", func(ctx context.Context) error {
+		k.x.releaseHolder(k.c.ID)
 		return errors.Join(g.Kill(ctx), g.Remove(ctx))
 	})
 	k.files.tasks, k.files.cgroup = g.TaskFDs(), g.CloneFD()
@@ -134,7 +138,9 @@ func (k *creation) openNamespaces(ctx context.Context) error {
 			return errs.New(errs.InvalidArgument, "the pod has no shared PID namespace")
 		}
 	case runtime.PIDTarget:
-		pid = fmt.Sprintf("/proc/%d/ns/pid", k.c.TargetPID)
+		if k.c.TargetID == "" {
+			return errs.New(errs.InvalidArgument, "no container is named whose PID namespace is to be joined")
+		}
 	}
 	for _, o := range []struct {
 		path string
@@ -153,8 +159,8 @@ func (k *creation) openNamespaces(ctx context.Context) error {
 		}
 		*o.to = k.later(f)
 	}
-	if pid != "" {
-		return k.joinedProc(ctx)
+	if k.c.PIDMode == runtime.PIDPod || k.c.PIDMode == runtime.PIDTarget {
+		return k.openJoined(ctx)
 	}
 	return nil
 }
@@ -173,24 +179,42 @@ func openNamespace(path string, kind int) (*os.File, error) {
 	return f, nil
 }
 
+// openJoined finds a process of the PID namespace that is joined: the pod's
+// init, or the target's first one.
+func (k *creation) openJoined(ctx context.Context) error {
+	id, what := initID(k.c), "the pod's init"
+	if k.c.PIDMode == runtime.PIDTarget {
+		id, what = k.c.TargetID, "target container "+short(k.c.TargetID)
+	}
+	h, err := k.x.lookup(ctx, id)
+	if err != nil {
+		if errs.Is(err, errs.NotFound) {
+			return errs.New(errs.FailedPrecondition, "%s is gone: %w", what, err)
+		}
+		return errs.New(errs.Of(err), "find %s: %w", what, err)
+	}
+	defer func() { _ = h.pidfd.Close() }()
+	dir, err := k.x.procDir(h.pid, h.pidfd)
+	if err != nil {
+		return errs.New(errs.FailedPrecondition, "%s: %w", what, err)
+	}
+	defer func() { _ = dir.Close() }()
+	if k.c.PIDMode == runtime.PIDTarget {
+		fd, err := unix.Openat(int(dir.Fd()), "ns/pid", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return errs.New(errs.FailedPrecondition, "open the PID namespace of %s: %w", what, err)
+		}
+		k.files.pid = k.later(os.NewFile(uintptr(fd), "pid"))
+	}
+	return k.joinedProc(h.pid, dir)
+}
+
 // joinedProc takes a procfs for a PID namespace that exists already, from the
 // mount namespace of a process that lives there: to make one, a process with
-// the host's privileges would have to show itself in it.
-func (k *creation) joinedProc(context.Context) error {
-	pid := k.c.TargetPID
-	if k.c.PIDMode == runtime.PIDPod {
-		h, err := k.x.lookup(context.Background(), initID(k.c))
-		if err != nil {
-			return errs.New(errs.FailedPrecondition, "the pod's init is gone: %w", err)
-		}
-		pid = h.pid
-	}
-	mnt, err := sys.OpenBeneath(k.x.proc, itoa(pid), unix.O_PATH|unix.O_DIRECTORY)
-	if err != nil {
-		return errs.New(errs.FailedPrecondition, "process %d is gone: %w", pid, err)
-	}
-	defer func() { _ = mnt.Close() }()
-	nsfd, err := unix.Openat(int(mnt.Fd()), "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// the host's privileges would have to show itself in it. dir is its folder in
+// our procfs.
+func (k *creation) joinedProc(pid int, dir *os.File) error {
+	nsfd, err := unix.Openat(int(dir.Fd()), "ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return errs.New(errs.FailedPrecondition, "open the mount namespace of process %d: %w", pid, err)
 	}
@@ -301,7 +325,8 @@ func openStdinFIFO(path string) (r, w *os.File, err error) {
 	if r, err = openFIFO(path, unix.O_RDONLY); err != nil {
 		return nil, nil, err
 	}
-	if w, err = openFIFO(path, unix.O_WRONLY); err != nil {
+	// Non-blocking: who attaches and writes more than is read must be able to go.
+	if w, err = openFIFO(path, unix.O_WRONLY|unix.O_NONBLOCK); err != nil {
 		_ = r.Close()
 		return nil, nil, err
 	}
@@ -483,6 +508,10 @@ func planError(err error) error {
 	var pe *plan.Error
 	if errors.As(err, &pe) {
 		switch pe.Stage {
+		case plan.StageNamespaces:
+			if errors.Is(err, unix.ESRCH) { // the process whose namespaces they are has ended
+				return errs.Wrap(errs.FailedPrecondition, err)
+			}
 		case plan.StageWorkdir, plan.StageUser, plan.StageLSM, plan.StageSeccomp, plan.StageExec:
 			return errs.Wrap(errs.FailedPrecondition, err)
 		}
@@ -539,4 +568,11 @@ func (k *creation) assemble(ctx context.Context) error {
 func (k *creation) awaitCreated(ctx context.Context) error {
 	_, err := readRecord(ctx, k.status, plan.KindCreated)
 	return err
+}
+
+func (k *creation) readStart(context.Context) (err error) {
+	if k.start, err = startTime(k.x.proc, k.pid); err != nil {
+		return errs.New(errs.Internal, "the first process died before it was started: %w", err)
+	}
+	return nil
 }

@@ -1,6 +1,7 @@
 package native
 
 import (
+	"errors"
 	"os"
 	"path"
 	"strings"
@@ -19,7 +20,8 @@ type devices struct {
 	dev, pts *os.File
 	master   *os.File // terminal containers: both ends of /dev/pts/0
 	slave    *os.File
-	names    map[string]bool // what stands at the top of /dev
+	names    map[string]bool // what stands in /dev
+	uid, gid int             // the host's ids of the container's root
 }
 
 func (d *devices) close() {
@@ -43,7 +45,7 @@ var devLinks = [][2]string{
 // makeDevices makes /dev and /dev/pts. Nodes belong to the container's root.
 func makeDevices(c *runtime.Container) (_ *devices, err error) {
 	uid, gid := hostID(c.UIDMap, 0), hostID(c.GIDMap, 0)
-	d := &devices{names: map[string]bool{}}
+	d := &devices{names: map[string]bool{}, uid: uid, gid: gid}
 	defer func() {
 		if err != nil {
 			d.close()
@@ -73,9 +75,11 @@ func makeDevices(c *runtime.Container) (_ *devices, err error) {
 		d.names[l[1]] = true
 	}
 	for _, dir := range []string{"pts", "shm", "mqueue"} {
-		if err := unix.Mkdirat(int(d.dev.Fd()), dir, 0o755); err != nil {
-			return nil, errs.New(errs.Internal, "make /dev/%s: %w", dir, err)
+		f, err := d.folder(d.dev, dir)
+		if err != nil {
+			return nil, err
 		}
+		_ = f.Close()
 		d.names[dir] = true
 	}
 	if c.Spec.Linux != nil {
@@ -94,14 +98,22 @@ func makeDevices(c *runtime.Container) (_ *devices, err error) {
 }
 
 func (d *devices) node(name string, mode uint32, dev, uid, gid int) error {
-	if err := unix.Mknodat(int(d.dev.Fd()), name, mode, dev); err != nil {
+	dir, base, err := d.parent(name)
+	if err != nil {
+		return errs.New(errs.Of(err), "device /dev/%s: %w", name, err)
+	}
+	defer func() { _ = dir.Close() }()
+	if err := unix.Mknodat(int(dir.Fd()), base, mode, dev); err != nil {
+		if err == unix.EEXIST {
+			return errs.New(errs.InvalidArgument, "device /dev/%s: its place is taken", name)
+		}
 		return errs.New(errs.Internal, "make device /dev/%s: %w", name, err)
 	}
 	// mknod obeys the umask and the caller's ids.
-	if err := unix.Fchmodat(int(d.dev.Fd()), name, mode&0o7777, 0); err != nil {
+	if err := unix.Fchmodat(int(dir.Fd()), base, mode&0o7777, 0); err != nil {
 		return errs.New(errs.Internal, "chmod /dev/%s: %w", name, err)
 	}
-	if err := unix.Fchownat(int(d.dev.Fd()), name, uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	if err := unix.Fchownat(int(dir.Fd()), base, uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return errs.New(errs.Internal, "chown /dev/%s: %w", name, err)
 	}
 	d.names[name] = true
@@ -117,13 +129,6 @@ func (d *devices) requested(s *specs.LinuxDevice, c *runtime.Container) error {
 	}
 	if d.names[rel] {
 		return nil // a default one
-	}
-	for i, ch := range rel {
-		if ch == '/' {
-			if err := unix.Mkdirat(int(d.dev.Fd()), rel[:i], 0o755); err != nil && err != unix.EEXIST {
-				return errs.New(errs.Internal, "make /dev/%s: %w", rel[:i], err)
-			}
-		}
 	}
 	mode := uint32(unix.S_IFCHR)
 	switch s.Type {
@@ -146,6 +151,47 @@ func (d *devices) requested(s *specs.LinuxDevice, c *runtime.Container) error {
 	return d.node(rel, mode|perm, int(unix.Mkdev(uint32(s.Major), uint32(s.Minor))), uid, gid)
 }
 
+// parent opens the folder of name, making what is missing of it. It follows no
+// link: those of /dev lead to the /proc of whoever looks, here the host's.
+func (d *devices) parent(name string) (dir *os.File, base string, err error) {
+	if dir, err = dup(d.dev); err != nil {
+		return nil, "", err
+	}
+	for {
+		first, rest, more := strings.Cut(name, "/")
+		if !more {
+			return dir, name, nil
+		}
+		next, err := d.folder(dir, first)
+		_ = dir.Close()
+		if err != nil {
+			return nil, "", err
+		}
+		dir, name = next, rest
+	}
+}
+
+// folder opens a folder in dir, which is made if it is not there. A new one is
+// the container's root's and open to all, whatever the umask is.
+func (d *devices) folder(dir *os.File, name string) (*os.File, error) {
+	err := unix.Mkdirat(int(dir.Fd()), name, 0o755)
+	if err != nil && err != unix.EEXIST {
+		return nil, errs.New(errs.Internal, "make the folder %s in /dev: %w", name, err)
+	}
+	made := err == nil
+	f, err := sys.OpenBeneath(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return nil, errs.New(errs.InvalidArgument, "%s in /dev is not a folder: %w", name, err)
+	}
+	if made {
+		if err := errors.Join(f.Chmod(0o755), f.Chown(d.uid, d.gid)); err != nil {
+			_ = f.Close()
+			return nil, errs.New(errs.Internal, "make the folder %s in /dev: %w", name, err)
+		}
+	}
+	return f, nil
+}
+
 // null opens the container's own /dev/null and checks that it is the real one
 // (character device 1:3), so that masks and closed streams never depend on a
 // file that somebody else made (CVE-2025-31133).
@@ -165,7 +211,8 @@ func (d *devices) null(flags int) (*os.File, error) {
 // openPty opens a new pseudo terminal of a devpts instance: the master, and
 // the slave by TIOCGPTPEER, never by its path.
 func openPty(pts *os.File) (master, slave *os.File, err error) {
-	fd, err := unix.Openat(int(pts.Fd()), "ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	// No mount is crossed: the container may have put a device of the host's there.
+	fd, err := sys.Openat2(int(pts.Fd()), "ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK, 0, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS|unix.RESOLVE_NO_XDEV)
 	if err != nil {
 		return nil, nil, errs.New(errs.Internal, "open a terminal: %w", err)
 	}

@@ -138,11 +138,11 @@ func (x *Executor) ExecSync(ctx context.Context, c *runtime.Container, s runtime
 	out.start()
 	exit, err := e.proc.Wait(ctx)
 	if err != nil {
+		e.kill(ctx) // also when the worker was lost: nobody would know of it any more
 		if ctx.Err() != nil {
-			e.kill(ctx)
 			return runtime.ExecResult{}, context.Cause(ctx)
 		}
-		return runtime.ExecResult{}, err
+		return runtime.ExecResult{}, execError(c, s.Args, err)
 	}
 	stdout, stderr := out.finish()
 	return runtime.ExecResult{Stdout: stdout, Stderr: stderr, Code: exitCode(exit)}, nil
@@ -156,6 +156,7 @@ func execError(c *runtime.Container, args []string, err error) error {
 type capture struct {
 	r, w [2]*os.File
 	buf  [2]limited
+	end  ending
 	wg   sync.WaitGroup
 }
 
@@ -174,16 +175,13 @@ func newCapture() (*capture, error) {
 func (c *capture) start() {
 	for i := range c.r {
 		_ = c.w[i].Close()
-		c.wg.Go(func() { _, _ = io.Copy(&c.buf[i], c.r[i]) })
+		c.wg.Go(func() { c.end.copy(&c.buf[i], c.r[i]) })
 	}
 }
 
-// finish reads what is left, for drainTime at most.
+// finish reads what is left.
 func (c *capture) finish() (stdout, stderr []byte) {
-	t := time.Now().Add(drainTime)
-	for _, r := range c.r {
-		_ = r.SetReadDeadline(t)
-	}
+	c.end.set(c.r[:]...)
 	c.wg.Wait()
 	return c.buf[0].b, c.buf[1].b
 }
@@ -224,11 +222,11 @@ func (x *Executor) Exec(ctx context.Context, c *runtime.Container, s runtime.Exe
 	io3.start(ctx)
 	exit, err := e.proc.Wait(ctx)
 	if err != nil {
+		e.kill(ctx)
 		if ctx.Err() != nil {
-			e.kill(ctx)
 			return 0, context.Cause(ctx)
 		}
-		return 0, err
+		return 0, execError(c, s.Args, err)
 	}
 	io3.drain()
 	return exitCode(exit), nil
@@ -241,6 +239,7 @@ type session struct {
 	stdin  *os.File
 	output [2]*os.File
 	master *os.File
+	end    ending
 	wg     sync.WaitGroup // copies of output
 	done   chan struct{}
 }
@@ -305,7 +304,7 @@ func (x *Executor) openSession(ctx context.Context, c *runtime.Container, tty bo
 func (s *session) start(ctx context.Context) {
 	s.closeChild()
 	if s.master != nil {
-		s.wg.Go(func() { copyOutput(s.st.Stdout, s.master) })
+		s.wg.Go(func() { s.end.copy(s.st.Stdout, s.master) })
 		if s.st.Stdin != nil {
 			go func() { _, _ = io.Copy(s.master, s.st.Stdin) }()
 		}
@@ -314,7 +313,7 @@ func (s *session) start(ctx context.Context) {
 	}
 	for i, w := range []io.Writer{s.st.Stdout, s.st.Stderr} {
 		if s.output[i] != nil {
-			s.wg.Go(func() { copyOutput(w, s.output[i]) })
+			s.wg.Go(func() { s.end.copy(w, s.output[i]) })
 		}
 	}
 	if s.stdin != nil {
@@ -368,15 +367,9 @@ func setSize(master *os.File, z runtime.Size) error {
 	return errors.Join(err, ierr)
 }
 
-// drain lets the output reach the person, for drainTime after the last byte's
-// writer has gone or was left behind.
+// drain lets the output reach the person.
 func (s *session) drain() {
-	t := time.Now().Add(drainTime)
-	for _, f := range []*os.File{s.master, s.output[0], s.output[1]} {
-		if f != nil {
-			_ = f.SetReadDeadline(t)
-		}
-	}
+	s.end.set(s.master, s.output[0], s.output[1])
 	s.wg.Wait()
 }
 
@@ -443,7 +436,11 @@ func (x *Executor) Attach(ctx context.Context, c *runtime.Container, st runtime.
 			wg.Go(func() { copyOutput(w, outs[i]) })
 		}
 	}
-	in := x.attachStdin(c, files, st)
+	stdin, in := x.attachStdin(c, files, st)
+	if stdin != nil {
+		// A copy that the container does not read must not stay behind.
+		defer func() { _ = stdin.Close() }()
+	}
 	if c.TTY && files.Pty != nil {
 		pty, err := dup(files.Pty)
 		if err != nil {
@@ -467,19 +464,20 @@ func (x *Executor) Attach(ctx context.Context, c *runtime.Container, st runtime.
 	return nil
 }
 
-// attachStdin copies a person's input into the container. It returns a channel
-// that is closed when the input has ended.
-func (x *Executor) attachStdin(c *runtime.Container, files *monitor.Files, st runtime.Streams) <-chan struct{} {
+// attachStdin copies a person's input into the container. It returns the file
+// that it is copied to, which the caller closes, and a channel that is closed
+// when the input has ended.
+func (x *Executor) attachStdin(c *runtime.Container, files *monitor.Files, st runtime.Streams) (*os.File, <-chan struct{}) {
 	to := files.Stdin
 	if c.TTY {
 		to = files.Pty
 	}
 	if st.Stdin == nil || to == nil || !c.Stdin {
-		return nil
+		return nil, nil
 	}
 	f, err := dup(to)
 	if err != nil {
-		return nil
+		return nil, nil
 	}
 	ended := make(chan struct{})
 	go func() {
@@ -492,5 +490,5 @@ func (x *Executor) attachStdin(c *runtime.Container, files *monitor.Files, st ru
 			_ = x.cfg.Monitor.CloseStdin(ctx, c.ID)
 		}
 	}()
-	return ended
+	return f, ended
 }

@@ -66,7 +66,10 @@ func (x *Executor) lookup(ctx context.Context, id string) (*handle, error) {
 		f, err := dup(h.pidfd)
 		pid := h.pid
 		x.mu.Unlock()
-		return &handle{pid: pid, pidfd: f}, err
+		if err != nil {
+			return nil, err
+		}
+		return &handle{pid: pid, pidfd: f}, nil
 	}
 	x.mu.Unlock()
 	files, err := x.cfg.Monitor.Files(ctx, id)
@@ -182,6 +185,21 @@ func (x *Executor) ReopenLog(ctx context.Context, c *runtime.Container) error {
 	}
 	defer func() { _ = f.Close() }()
 	return x.cfg.Monitor.SetLog(ctx, c.ID, f)
+}
+
+// procDir opens a process's folder in our own procfs. pidfd proves that the pid
+// was still that process's when the folder was opened: until a process is
+// reaped nobody else gets its pid.
+func (x *Executor) procDir(pid int, pidfd *os.File) (*os.File, error) {
+	d, err := sys.OpenBeneath(x.proc, itoa(pid), unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		return nil, errs.New(errs.FailedPrecondition, "process %d is gone: %w", pid, err)
+	}
+	if err := unix.PidfdSendSignal(sys.FD(pidfd), 0, nil, 0); err != nil {
+		_ = d.Close()
+		return nil, errs.New(errs.FailedPrecondition, "process %d is gone: %w", pid, err)
+	}
+	return d, nil
 }
 
 // startTime reads field 22 of /proc/PID/stat (proc_pid_stat(5)): clock ticks

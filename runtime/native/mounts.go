@@ -70,7 +70,7 @@ func (x *Executor) openVolumes(ctx context.Context, c *runtime.Container, p *pla
 	}
 	names := make([]string, 0, len(c.EtcFiles))
 	for to := range c.EtcFiles {
-		if !own[to] {
+		if !own[to] && !inShared(c, to) {
 			names = append(names, to)
 		}
 	}
@@ -85,7 +85,7 @@ func (x *Executor) openVolumes(ctx context.Context, c *runtime.Container, p *pla
 			return errs.New(errs.Internal, "prepare %s of the pod: %w", to, err)
 		}
 	}
-	if c.Shm != "" && !own["/dev/shm"] {
+	if c.Shm != "" && !own["/dev/shm"] && !inShared(c, "/dev/shm") {
 		t, err := sys.CloneTree(unix.AT_FDCWD, c.Shm, false)
 		if err != nil {
 			return errs.New(errs.Internal, "open the pod's /dev/shm: %w", err)
@@ -98,6 +98,31 @@ func (x *Executor) openVolumes(ctx context.Context, c *runtime.Container, p *pla
 	// Parents first; the order of the request among equals.
 	slices.SortStableFunc(p.volumes, func(a, b volume) int { return strings.Count(a.path, "/") - strings.Count(b.path, "/") })
 	return nil
+}
+
+// inShared reports whether a place lies in a volume with bidirectional
+// propagation: what is mounted there appears on the host, and the pod's
+// resolv.conf or /dev/shm must not take the place of the host's.
+func inShared(c *runtime.Container, to string) bool {
+	return slices.ContainsFunc(c.Mounts, func(m runtime.Mount) bool {
+		return m.Propagation == runtime.PropagationBidirectional && strings.HasPrefix(to+"/", strings.TrimSuffix(path.Clean("/"+m.ContainerPath), "/")+"/")
+	})
+}
+
+// placeError gives the error of looking for a place in the container class c,
+// unless it is the host's failure.
+func placeError(c errs.Class, err error) error {
+	for _, e := range []error{unix.ENOSPC, unix.EDQUOT, unix.EMFILE, unix.ENFILE} {
+		if errors.Is(err, e) {
+			return errs.Wrap(errs.ResourceExhausted, err)
+		}
+	}
+	for _, e := range []error{unix.EIO, unix.ENOMEM, unix.ESTALE, unix.EAGAIN} {
+		if errors.Is(err, e) {
+			return errs.Wrap(errs.Internal, err)
+		}
+	}
+	return errs.Wrap(c, err)
 }
 
 func readonlyIf(b bool) uint64 {
@@ -217,8 +242,11 @@ func checkPropagation(m *runtime.Mount, userns bool) error {
 		match := uint64(i.ID) == st.Mnt_id
 		return !match, match
 	})
-	if err != nil || len(infos) == 0 {
+	if err != nil {
 		return errs.New(errs.Internal, "volume %s: find the mount of %s: %w", m.ContainerPath, m.HostPath, err)
+	}
+	if len(infos) == 0 {
+		return errs.New(errs.Internal, "volume %s: the mount %d of %s is not in mountinfo", m.ContainerPath, st.Mnt_id, m.HostPath)
 	}
 	shared := strings.Contains(infos[0].Optional, "shared:")
 	slave := strings.Contains(infos[0].Optional, "master:")
@@ -230,9 +258,7 @@ func checkPropagation(m *runtime.Mount, userns bool) error {
 
 // openImageVolume mounts the layers of an image read-only.
 func (x *Executor) openImageVolume(ctx context.Context, c *runtime.Container, m *runtime.Mount, iv runtime.ImageVolume) (*volume, error) {
-	fail := func(err error) error {
-		return errs.New(errs.Of(err), "ImageVolumeMountFailed: volume %s: %w", m.ContainerPath, err)
-	}
+	fail := func(err error) error { return &runtime.ImageVolumeError{Path: m.ContainerPath, Err: err} }
 	r := runtime.Rootfs{Lower: iv.Lower}
 	var t *os.File
 	var err error
@@ -322,7 +348,7 @@ func (p *place) assemble(c *runtime.Container) error {
 func (p *place) mountOn(name string, tree *os.File) error {
 	d, err := sys.OpenRealDir(p.root, name)
 	if err != nil {
-		return errs.Wrap(errs.InvalidArgument, err)
+		return placeError(errs.InvalidArgument, err)
 	}
 	defer func() { _ = d.Close() }()
 	return sys.Attach(tree, d)
@@ -439,7 +465,7 @@ func (p *place) makeVolumes(c *runtime.Container) error {
 		}
 		d, err := sys.EnsureInRoot(p.root, v, true)
 		if err != nil {
-			return errs.New(errs.InvalidArgument, "VOLUME %s of the image: %w", v, err)
+			return placeError(errs.InvalidArgument, fmt.Errorf("VOLUME %s of the image: %w", v, err))
 		}
 		err = p.checkTarget(d, v, c)
 		if err == nil && c.Spec.Root != nil && c.Spec.Root.Readonly {
@@ -469,6 +495,21 @@ func (p *place) checkTarget(f *os.File, name string, c *runtime.Container) error
 	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
 		return fmt.Errorf("check the mount point %s: %w", name, err)
 	}
+	if fs.Type == unix.TMPFS_MAGIC {
+		// The folder of the cgroup v1 hierarchies is a tmpfs of ours in sysfs.
+		var up unix.Statfs_t
+		if err := statfsParent(f, &up); err == nil && up.Type == unix.SYSFS_MAGIC {
+			fs = up
+		}
+	}
+	var at, root unix.Stat_t
+	if err := errors.Join(unix.Fstat(int(f.Fd()), &at), unix.Fstat(int(p.root.Fd()), &root)); err != nil {
+		return fmt.Errorf("check the mount point %s: %w", name, err)
+	}
+	if at.Dev == root.Dev && at.Ino == root.Ino {
+		// By a link of the image. It would be another root beside the read-only one.
+		return errs.New(errs.InvalidArgument, "cannot mount on %s: it is the root of the container", name)
+	}
 	switch fs.Type {
 	case unix.SYSFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC:
 		if c.Privileged || name == "/sys/fs/bpf" {
@@ -479,6 +520,17 @@ func (p *place) checkTarget(f *os.File, name string, c *runtime.Container) error
 		return errs.New(errs.InvalidArgument, "cannot mount on %s: it lies in /proc or /sys", name)
 	}
 	return nil
+}
+
+// statfsParent asks for the file system of the folder above a folder; only its
+// type is looked at.
+func statfsParent(f *os.File, fs *unix.Statfs_t) error {
+	up, err := unix.Openat(int(f.Fd()), "..", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(up) }()
+	return unix.Fstatfs(up, fs)
 }
 
 func (p *place) mountVolumes(c *runtime.Container) error {
@@ -496,7 +548,7 @@ func (p *place) mountVolume(v volume, c *runtime.Container) error {
 	}
 	at, err := sys.EnsureInRoot(p.root, v.path, v.dir)
 	if err != nil {
-		return errs.Wrap(errs.FailedPrecondition, err)
+		return placeError(errs.FailedPrecondition, err)
 	}
 	defer func() { _ = at.Close() }()
 	if err := p.checkTarget(at, v.path, c); err != nil {
@@ -522,7 +574,7 @@ func (p *place) makeWorkdir(c *runtime.Container) error {
 		if errors.Is(err, unix.EROFS) {
 			return errs.New(errs.FailedPrecondition, "working directory %s does not exist and cannot be made there", c.Spec.Process.Cwd)
 		}
-		return errs.New(errs.InvalidArgument, "working directory: %w", err)
+		return placeError(errs.InvalidArgument, fmt.Errorf("working directory: %w", err))
 	}
 	defer func() { _ = d.Close() }()
 	var st unix.Stat_t

@@ -71,7 +71,7 @@ func (x *Executor) makeNamespaces(ctx context.Context, r namespaces.Request) (_ 
 		return nil, errs.New(errs.Of(err), "make namespaces: %w", err)
 	}
 	defer h.close()
-	dir, err := sys.OpenBeneath(x.proc, itoa(h.proc.PID), unix.O_PATH|unix.O_DIRECTORY)
+	dir, err := x.procDir(h.proc.PID, h.proc.PIDFD)
 	if err != nil {
 		return nil, errs.New(errs.Internal, "make namespaces: %w", err)
 	}
@@ -150,6 +150,7 @@ func (x *Executor) releaseInit(ctx context.Context, id string) error {
 	name := initPrefix + id[len(initPrefix):]
 	if h, err := x.lookup(ctx, name); err == nil {
 		_ = unix.PidfdSendSignal(int(h.pidfd.Fd()), unix.SIGKILL, nil, 0)
+		_ = h.pidfd.Close()
 	}
 	x.forget(name)
 	return x.cfg.Monitor.Delete(ctx, name)
@@ -164,7 +165,9 @@ func initID(c *runtime.Container) string { return initPrefix + c.SandboxID[len(i
 
 // startInit starts the tiny first process of a shared PID namespace: it only
 // waits; the kernel reaps for it. Its privileges are dropped before it runs.
-func (x *Executor) startInit(ctx context.Context, r namespaces.Request, ns *namespaces.Files) (*os.File, error) {
+func (x *Executor) startInit(ctx context.Context, r namespaces.Request, ns *namespaces.Files) (_ *os.File, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, setupTimeout, errs.New(errs.DeadlineExceeded, "the pod's init did not get ready within %s", setupTimeout))
+	defer cancel()
 	sr, sw, err := sys.Pipe(true)
 	if err != nil {
 		return nil, errs.Wrap(errs.Internal, err)
@@ -187,21 +190,31 @@ func (x *Executor) startInit(ctx context.Context, r namespaces.Request, ns *name
 	}
 	defer func() { _ = f.Close() }()
 	name := initPrefix + r.ID[len(initPrefix):]
+	defer func() {
+		if err != nil { // an answer lost on the way leaves an init too
+			uctx, ucancel := context.WithTimeout(context.WithoutCancel(ctx), setupTimeout)
+			defer ucancel()
+			err = errors.Join(err, x.releaseInit(uctx, r.ID))
+		}
+	}()
 	created, err := x.cfg.Monitor.Create(ctx, monitor.CreateRequest{ID: name, Plan: f, FDs: l.files, Clone: l.clone, TwoStage: l.twoStage, Kept: monitor.Kept{Status: sr, Gate: gw}})
 	if err != nil {
 		return nil, planError(err)
 	}
 	x.remember(name, created.PID, created.PIDFD, "pause")
-	ctx, cancel := context.WithTimeout(ctx, setupTimeout)
-	defer cancel()
 	_ = sw.Close()
 	if _, err := readRecord(ctx, sr, plan.KindCreated); err != nil {
-		return nil, errors.Join(err, x.releaseInit(context.WithoutCancel(ctx), r.ID))
+		return nil, err
 	}
 	if err := x.cfg.Monitor.Start(ctx, name); err != nil {
-		return nil, errors.Join(planError(err), x.releaseInit(context.WithoutCancel(ctx), r.ID))
+		return nil, planError(err)
 	}
-	dir, err := sys.OpenBeneath(x.proc, itoa(created.PID), unix.O_PATH|unix.O_DIRECTORY)
+	h, err := x.lookup(ctx, name)
+	if err != nil {
+		return nil, errs.New(errs.Internal, "the pod's init is gone: %w", err)
+	}
+	defer func() { _ = h.pidfd.Close() }()
+	dir, err := x.procDir(h.pid, h.pidfd)
 	if err != nil {
 		return nil, errs.New(errs.Internal, "the pod's init is gone: %w", err)
 	}

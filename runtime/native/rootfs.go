@@ -207,28 +207,26 @@ func (x *Executor) mappingNamespace(ctx context.Context, uid, gid []runtime.IDMa
 	c := &x.mappings
 	c.mu.Lock()
 	f := c.m[key]
+	if f != nil { // under the lock: put may close it for another one's sake
+		defer c.mu.Unlock()
+		return dup(f)
+	}
 	c.mu.Unlock()
-	if f == nil {
-		n, err := x.makeNamespaces(ctx, namespaces.Request{User: true, UIDMap: uid, GIDMap: gid})
-		if err != nil {
-			return nil, err
-		}
-		f = c.put(key, n.User)
-	}
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	n, err := x.makeNamespaces(ctx, namespaces.Request{User: true, UIDMap: uid, GIDMap: gid})
 	if err != nil {
-		return nil, errs.New(errs.Internal, "duplicate a user namespace file: %w", err)
+		return nil, err
 	}
-	return os.NewFile(uintptr(fd), "user namespace"), nil
+	return c.put(key, n.User)
 }
 
-// put keeps f under key, or closes it and returns the one that is there.
-func (c *mappingCache) put(key string, f *os.File) *os.File {
+// put keeps f under key, or closes it for the one that is there, and returns a
+// duplicate.
+func (c *mappingCache) put(key string, f *os.File) (*os.File, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if old := c.m[key]; old != nil {
 		_ = f.Close()
-		return old
+		return dup(old)
 	}
 	if len(c.m) >= maxMappings {
 		for k, old := range c.m {
@@ -238,7 +236,7 @@ func (c *mappingCache) put(key string, f *os.File) *os.File {
 		}
 	}
 	c.m[key] = f
-	return f
+	return dup(f)
 }
 
 func mapLines(m []runtime.IDMap) string {
