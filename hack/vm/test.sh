@@ -49,6 +49,8 @@ prebuild() {
 			case $dir in */i386) arch=386 ;; esac
 			(cd "$top" && CGO_ENABLED=0 GOARCH=$arch "$go" build -o "$stage/prebuilt/$name" "./$dir")
 		done
+	[ ! -e "$top/test/ring/testdata/evil.c" ] ||
+		gcc -static -O1 -o "$stage/prebuilt/test__ring__evil" "$top/test/ring/testdata/evil.c" -lpthread
 }
 case " $parts " in
 *" units "*)
