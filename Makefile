@@ -49,7 +49,7 @@ demo: check-root check-demo build demo-tools ## Run a pod of two containers from
 .PHONY: test
 test: check-root check-test build build-all lint critest demo test-hack ## What CI runs: lint, critest, demo, then all Go tests with the race detector
 	@echo "testing with the race detector"
-	@$(GO) test -race -timeout 15m ./...
+	@$(GO) test -race -p 1 -timeout 15m ./...
 	@echo "PASS: make test"
 
 .PHONY: test-nightly

@@ -3,6 +3,7 @@ package cgroup
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -57,6 +58,15 @@ type Config struct {
 	StateDir string
 }
 
+// trackingFirst puts the hierarchy by which a group is found at the beginning:
+// a group is made there first and removed there last, so that whatever a crash
+// leaves of it is found.
+func (d *Driver) trackingFirst() {
+	t := d.tracking()
+	rest := slices.DeleteFunc(slices.Clone(d.hier), func(h *hierarchy) bool { return h == t })
+	d.hier = append([]*hierarchy{t}, rest...)
+}
+
 // hierarchy is one mounted tree.
 type hierarchy struct {
 	name        string   // "memory", "cpu,cpuacct", "name=systemd", "unified"
@@ -80,7 +90,7 @@ type Driver struct {
 	systemd       bool
 	root          string
 	defaultParent string
-	hier          []*hierarchy // the version 2 one, if any, first
+	hier          []*hierarchy // that of tracking first, which is the version 2 one, if any
 	unified       *hierarchy   // nil in ModeV1
 	control       map[string]*hierarchy
 	hugePages     map[string]bool // sizes as in the file names, "2MB"
@@ -109,6 +119,7 @@ func New(cfg Config) (*Driver, error) {
 		d.Close()
 		return nil, err
 	}
+	d.trackingFirst()
 	if err := d.chooseKind(cfg.Driver); err != nil {
 		d.Close()
 		return nil, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -163,7 +164,7 @@ func openFile(h *hierarchy, rel string, flags int) (*os.File, error) {
 func (g *Group) makeAll(ctx context.Context) error {
 	made := make([]*hierarchy, 0, len(g.d.hier))
 	undo := func() {
-		for _, h := range made {
+		for _, h := range slices.Backward(made) {
 			_ = unix.Unlinkat(h.fd, g.rel, unix.AT_REMOVEDIR)
 		}
 	}

@@ -133,6 +133,37 @@ func TestCreateFailureLeavesNothing(t *testing.T) {
 	wantClass(t, err, errs.NotFound)
 }
 
+// A removal that could not be finished, or that a crash cut short, can be
+// taken up again: the group is found for as long as a part of it is there.
+func TestRemoveCutShort(t *testing.T) {
+	d, parent := hostDriver(t)
+	needV1(t, d)
+	g := create(t, d, parent, "c1", runtime.Resources{})
+	for i := range g.TaskFDs() {
+		if i > 0 { // Remove has taken the others away
+			g = create(t, d, parent, "c1", runtime.Resources{})
+		}
+		cmd := enter(t, nil, g.TaskFDs()[i:i+1], "echo in; exec sleep 100") // in one hierarchy only
+		if err := g.Remove(bg); err == nil {
+			t.Fatal("a group with a process in it was removed")
+		}
+		again, err := d.Open(g.Path)
+		if err != nil {
+			t.Fatalf("a part of the group is there, but: %v", err)
+		}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if err := again.Remove(bg); err != nil {
+			t.Fatal(err)
+		}
+		for _, h := range d.hier {
+			if exists(h.fd, g.rel) {
+				t.Errorf("left in %s", h.name)
+			}
+		}
+	}
+}
+
 func TestCreateAgain(t *testing.T) {
 	d, parent := hostDriver(t)
 	g := create(t, d, parent, "c1", runtime.Resources{})

@@ -3,6 +3,7 @@ package cgroup
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -33,7 +34,10 @@ func (g *Group) Remove(ctx context.Context) error {
 	}
 	var all []error
 	deadline := time.Now().Add(removeWait)
-	for _, h := range g.d.hier {
+	for i, h := range slices.Backward(g.d.hier) { // see trackingFirst
+		if i == 0 && len(all) > 0 {
+			break // it is to be found for the next try
+		}
 		if err := removeTree(ctx, h, g.rel, deadline); err != nil {
 			all = append(all, err)
 		}

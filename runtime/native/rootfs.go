@@ -27,7 +27,11 @@ var lowerPlus = sync.OnceValue(func() bool {
 		return false
 	}
 	defer func() { _ = unix.Close(fd) }()
-	// Parsed at once, so an old kernel refuses the key itself.
+	// Before 6.5 overlayfs has the legacy parser, which takes any key and
+	// refuses it only when the mount is made.
+	if unix.FsconfigSetString(fd, "naru-no-such-key", "/") == nil {
+		return false
+	}
 	return unix.FsconfigSetString(fd, "lowerdir+", "/") == nil
 })
 

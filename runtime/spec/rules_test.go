@@ -73,13 +73,23 @@ func TestAppArmorChoice(t *testing.T) {
 	} {
 		in := ordinary()
 		in.Security, in.Host.AppArmor = c.sec, c.host
-		in.Host.ProfileLoaded = func(n string) bool { return n == "mine" }
+		in.Host.ProfileLoaded = func(n string) bool { return n == "mine" || n == DefaultAppArmor }
 		s, _, err := Build(in)
 		if err != nil || s.Process.ApparmorProfile != c.want {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
 	}
 	refused(t, errs.FailedPrecondition, func(in *Input) { in.Security.AppArmor = local("mine") })
+	// Nobody has loaded the default profile: an error for who asks for it only.
+	none := func(string) bool { return false }
+	refused(t, errs.FailedPrecondition, func(in *Input) {
+		in.Host.AppArmor, in.Host.ProfileLoaded, in.Security.AppArmor.Type = true, none, runtime.ProfileRuntimeDefault
+	})
+	in := ordinary()
+	in.Host.AppArmor, in.Host.ProfileLoaded = true, none
+	if s, _, err := Build(in); err != nil || s.Process.ApparmorProfile != "" {
+		t.Errorf("unset, not loaded: %v", err)
+	}
 	refused(t, errs.FailedPrecondition, func(in *Input) {
 		in.Security.AppArmor, in.Host.AppArmor, in.Host.ProfileLoaded = local("mine"), true, func(string) bool { return false }
 	})

@@ -49,7 +49,14 @@ func (b *builder) appArmor() (string, error) {
 		if !host.AppArmor || b.in.Security.Privileged && p.Type == "" {
 			return "", nil
 		}
-		return cmp.Or(b.in.Defaults.AppArmor, DefaultAppArmor), nil
+		name := cmp.Or(b.in.Defaults.AppArmor, DefaultAppArmor)
+		if host.ProfileLoaded != nil && !host.ProfileLoaded(name) {
+			if p.Type == "" {
+				return "", nil // not asked for
+			}
+			return "", errs.New(errs.FailedPrecondition, "AppArmor profile %q is not loaded; load the one that naru is installed with", name)
+		}
+		return name, nil
 	case runtime.ProfileLocalhost:
 	default:
 		return "", errs.New(errs.InvalidArgument, "AppArmor profile type %q: unknown", clip(string(p.Type)))

@@ -186,6 +186,19 @@ func TestSurviveChurn(t *testing.T) {
 	for kind := range 4 {
 		wg.Go(func() { c.live(kind) })
 	}
+	finish := sync.OnceFunc(func() {
+		c.begin()
+		c.mu.Lock()
+		c.over = true // the calls that are under way end, the next ones do not begin
+		c.turned.Broadcast()
+		c.mu.Unlock()
+		if t.Failed() {
+			c.cancel()
+		}
+		wg.Wait()
+		c.cancel()
+	})
+	defer finish()
 	kills := scaled(30, 300)
 	for i := 0; i < kills && !t.Failed(); i++ {
 		c.begin()
@@ -207,12 +220,7 @@ func TestSurviveChurn(t *testing.T) {
 			t.Errorf("after kill %d nobody owns %s", i+1, l)
 		}
 	}
-	c.begin()
-	c.mu.Lock()
-	c.over = true // the calls that are under way end, the next ones do not begin
-	c.mu.Unlock()
-	wg.Wait()
-	c.cancel()
+	finish()
 	t.Logf("%d kills, %d calls cut short, %d came through when tried again, %d whole pods", kills, c.lost, c.retried, c.rounds)
 	if !t.Failed() && (c.lost < kills/2 || c.rounds < kills/4) {
 		t.Errorf("the kills hit too little to tell anything")
