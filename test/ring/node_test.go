@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -370,6 +371,7 @@ func (n *Node) finish() {
 	if n.keeper != nil && !n.keeper.ended() && !n.keeper.end(syscall.SIGTERM, 10*time.Second) {
 		t.Error("the keeper did not end on SIGTERM though it keeps nothing")
 	}
+	n.endOtherKeepers()
 	for _, name := range []string{"naru.log", "keeper.log"} {
 		b, _ := os.ReadFile(filepath.Join(n.Dir, name))
 		for _, bad := range []string{"DATA RACE", "panic:", "fatal error:", "goroutine 1 ["} {
@@ -388,6 +390,33 @@ func (n *Node) finish() {
 	deleteNftTable(n.NftTable)
 	if err := os.RemoveAll(n.Dir); err != nil {
 		t.Error(err)
+	}
+}
+
+// endOtherKeepers ends a keeper that the daemon itself has started, as it does
+// when none answers: after a test killed the node's own, say.
+func (n *Node) endOtherKeepers() {
+	dir := n.RunDir + "/monitor"
+	running := func() (pids []int) {
+		files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+		for _, f := range files {
+			b, _ := os.ReadFile(f)
+			args := strings.Split(string(b), "\x00")
+			if len(args) > 2 && args[1] == "keeper" && slices.Contains(args, dir) {
+				pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(f)))
+				pids = append(pids, pid)
+			}
+		}
+		return pids
+	}
+	for _, pid := range running() {
+		_ = unix.Kill(pid, unix.SIGTERM)
+	}
+	for end := time.Now().Add(10 * time.Second); len(running()) > 0 && time.Now().Before(end); {
+		time.Sleep(20 * time.Millisecond)
+	}
+	if pids := running(); len(pids) > 0 {
+		n.t.Errorf("keepers %v did not end on SIGTERM though they keep nothing", pids)
 	}
 }
 

@@ -3,6 +3,7 @@ package ring
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -184,6 +185,9 @@ func sameFile(a, b string) bool {
 func (n *Node) ownerlessKernel(t testing.TB, m memory, known func(string) bool, add func(string, ...any)) {
 	t.Helper()
 	links, err := netlink.LinkList()
+	for errors.Is(err, netlink.ErrDumpInterrupted) { // a link came or went meanwhile
+		links, err = netlink.LinkList()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
