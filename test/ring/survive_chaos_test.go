@@ -283,6 +283,9 @@ func TestSurviveKeeperKilled(t *testing.T) {
 		}
 		eventually(t, 10*time.Second, "the end of a container", func() bool { return !running(pid) })
 		n.StartKeeper()
+		// Until it takes over, the orphaned worker answers; a daemon that came now
+		// would start a keeper of its own.
+		eventually(t, 20*time.Second, "the keeper", func() bool { i, err := n.info(); return err == nil && !i.Orphan })
 		if i%2 == 0 {
 			n.StartDaemon()
 		}
