@@ -61,7 +61,7 @@ func (m *Manager) buildContainer(w *containerWork) error {
 	w.user = user
 	w.rc = &runtime.Container{
 		ID: w.c.id, SandboxID: w.pod.ID, Spec: oci, Resources: cfg.Resources, Rootfs: w.rootfs, Mounts: w.mounts, Images: w.volumes,
-		Namespaces: h.Namespaces, PIDMode: mode, TargetPID: target, TargetID: targetID, Cgroup: w.c.cgroup,
+		Namespaces: h.Namespaces, PIDMode: mode, TargetID: targetID, Cgroup: w.c.cgroup,
 		UIDMap: p.UIDMap, GIDMap: p.GIDMap, Shm: h.Shm, EtcFiles: h.EtcFiles,
 		LogPath: w.c.snap.Load().LogPath, TTY: cfg.TTY, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
 		Privileged: cfg.Security.Privileged, Volumes: volumes,

@@ -184,8 +184,7 @@ type Container struct {
 	Images     map[int]ImageVolume `json:"image_volumes,omitempty"` // by index in Mounts
 	Namespaces Namespaces          `json:"namespaces"`
 	PIDMode    PIDMode             `json:"pid_mode"`
-	TargetPID  int                 `json:"target_pid,omitempty"` // PIDTarget: pid of the target's first process, for the spec
-	TargetID   string              `json:"target_id,omitempty"`  // PIDTarget: id of the target, by which the executor finds it
+	TargetID   string              `json:"target_id,omitempty"` // PIDTarget: id of the target, by which the executor finds it
 	SandboxID  string              `json:"sandbox_id"`
 	Cgroup     string              `json:"cgroup"` // path of the cgroup, see runtime/cgroup
 	Resources  Resources           `json:"resources"`

@@ -153,9 +153,9 @@ func (k *creation) openNamespaces(ctx context.Context) error {
 		if o.path == "" {
 			continue
 		}
-		f, err := openNamespace(o.path, o.kind)
+		f, err := sys.OpenNamespace(o.path, o.kind)
 		if err != nil {
-			return err
+			return errs.New(errs.FailedPrecondition, "the pod's namespaces are gone: %w", err)
 		}
 		*o.to = k.later(f)
 	}
@@ -163,20 +163,6 @@ func (k *creation) openNamespaces(ctx context.Context) error {
 		return k.openJoined(ctx)
 	}
 	return nil
-}
-
-// openNamespace opens a namespace file and checks what it is.
-func openNamespace(path string, kind int) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0) //nolint:forbidigo // a path of ours or of the host, not of the image
-	if err != nil {
-		return nil, errs.New(errs.FailedPrecondition, "open namespace %s: %w", path, err)
-	}
-	got, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_NSTYPE)
-	if err != nil || got != kind {
-		_ = f.Close()
-		return nil, errs.New(errs.FailedPrecondition, "%s is not the namespace it should be (type %#x, want %#x): the pod's namespaces are gone", path, got, kind)
-	}
-	return f, nil
 }
 
 // openJoined finds a process of the PID namespace that is joined: the pod's
