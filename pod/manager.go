@@ -23,7 +23,8 @@ import (
 
 // Config of a Manager. Zero durations and counts have sane defaults.
 type Config struct {
-	StateDir string // lasting folder: pods/, containers/, specs/, profiles/, quarantine/
+	StateDir string // lasting folder: pods/, containers/, quarantine/
+	RunDir   string // folder of this boot: specs/, profiles/
 	Sync     bool   // fsync the record that ends an RPC
 	Handlers []string
 	// WritableMountpoint is the mount point of the file system that writable
@@ -121,7 +122,7 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 	if m.containers, err = store.Open(filepath.Join(cfg.StateDir, "containers"), recordSchema); err != nil {
 		return nil, err
 	}
-	if m.specs, err = openSpecFiles(cfg.StateDir); err != nil {
+	if m.specs, err = openSpecFiles(cfg.RunDir); err != nil {
 		return nil, err
 	}
 	return m, nil

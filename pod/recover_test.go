@@ -265,7 +265,7 @@ func TestNoSweepWithoutRecords(t *testing.T) {
 		r.stop()
 		r.ok(os.Rename(filepath.Join(r.dir, "pods"), filepath.Join(r.dir, "away")))
 		l := r.w.NewLife()
-		m, err := pod.New(pod.Config{StateDir: r.dir, SpecHost: specHost}, l.Deps())
+		m, err := pod.New(pod.Config{StateDir: r.dir, RunDir: r.dir, SpecHost: specHost}, l.Deps())
 		r.ok(err)
 		r.ok(os.Remove(filepath.Join(r.dir, "pods"))) // what New made
 		if rep := m.Recover(r.ctx()); len(rep.Problems) == 0 {

@@ -84,7 +84,7 @@ func (r *rig) boot() {
 func (r *rig) start(l *podtest.Life) {
 	r.Helper()
 	r.l = l
-	cfg := pod.Config{StateDir: r.dir, SpecHost: specHost, Observe: func(kind, step string) { l.Pass("step " + kind + " " + step) }, WritableMountpoint: "/var/lib/naru"}
+	cfg := pod.Config{StateDir: r.dir, RunDir: r.dir, SpecHost: specHost, Observe: func(kind, step string) { l.Pass("step " + kind + " " + step) }, WritableMountpoint: "/var/lib/naru"}
 	r.mod(&cfg)
 	m, err := pod.New(cfg, l.Deps())
 	if err != nil {

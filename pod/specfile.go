@@ -32,7 +32,8 @@ const (
 // specFiles keeps what the executor was given for each container, so that a
 // thousand containers do not keep a thousand OCI specs in memory. The seccomp
 // profile, most of a spec's bytes and nearly always the same one, has a file
-// of its own, named by its digest, and is shared in memory too.
+// of its own, named by its digest, and is shared in memory too. The files go
+// with the boot, as the containers do.
 type specFiles struct {
 	dir      *store.Dir
 	profiles string
@@ -55,13 +56,13 @@ type specRecord struct {
 	EnvBytes  [][]byte           `json:"env_bytes,omitempty"`
 }
 
-func openSpecFiles(state string) (*specFiles, error) {
-	dir, err := store.Open(filepath.Join(state, "specs"), specSchema)
+func openSpecFiles(run string) (*specFiles, error) {
+	dir, err := store.Open(filepath.Join(run, "specs"), specSchema)
 	if err != nil {
 		return nil, err
 	}
 	s := &specFiles{
-		dir: dir, profiles: filepath.Join(state, "profiles"),
+		dir: dir, profiles: filepath.Join(run, "profiles"),
 		cache: make(map[string]*list.Element), recent: list.New(),
 		shared: make(map[string]weak.Pointer[specs.LinuxSeccomp]),
 		hashes: make(map[weak.Pointer[specs.LinuxSeccomp]]string),

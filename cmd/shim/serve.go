@@ -234,7 +234,7 @@ func (d *daemon) openPods(context.Context) (err error) {
 		return err
 	}
 	d.pods, err = pod.New(pod.Config{
-		StateDir: filepath.Join(d.cfg.Root, "state"), Sync: d.cfg.SyncRecs, Handlers: append([]string{"", "naru"}, handlerNames(d.cfg)...), WritableMountpoint: fs.Mountpoint,
+		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), Sync: d.cfg.SyncRecs, Handlers: append([]string{"", "naru"}, handlerNames(d.cfg)...), WritableMountpoint: fs.Mountpoint,
 	}, pod.Deps{Executor: d.exec, Sandboxes: d.sandbox, Images: d.images, Cgroups: d.cgroups})
 	return err
 }

@@ -1,8 +1,10 @@
 package atomicfile
 
 import (
+	"bytes"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 )
 
@@ -58,5 +60,30 @@ func TestCleanTempAndRemove(t *testing.T) {
 	}
 	if err := Remove(filepath.Join(dir, "keep")); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestWriteByManyAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	p := filepath.Join(dir, "a.json")
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			for range 200 {
+				if err := Write(p, bytes.Repeat([]byte{byte('a' + i)}, 100*(i+1)), 0o600, false); err != nil {
+					t.Error(err)
+					return
+				}
+				b, err := os.ReadFile(p)
+				if err != nil || len(b) == 0 || len(b) != 100*int(b[0]-'a'+1) {
+					t.Errorf("read %d bytes, %v", len(b), err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if names, _ := os.ReadDir(dir); len(names) != 1 {
+		t.Fatalf("left %v", names)
 	}
 }
