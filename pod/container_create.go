@@ -200,16 +200,16 @@ func (m *Manager) containerSteps(w *containerWork) []step {
 		},
 		{
 			name: "spec",
-			do: func(context.Context) error {
-				if err := m.buildContainer(w); err != nil {
-					return err
-				}
-				return m.specs.save(w.rc) // goes with the record: undoing "process" needs it
-			},
+			do:   func(context.Context) error { return m.buildContainer(w) },
 		},
 		{
 			name: "process",
 			do: func(ctx context.Context) (err error) {
+				// Undoing this needs it, after a crash too: should that come
+				// before the file is there, the id is enough (view).
+				saved := make(chan error, 1)
+				go func() { saved <- m.specs.save(w.rc) }()
+				defer func() { err = errors.Join(err, <-saved) }()
 				root := w.root
 				w.root = nil // Create takes it over, come what may
 				w.proc, err = m.deps.Executor.Create(ctx, w.rc, root)

@@ -33,6 +33,7 @@ type creation struct {
 	place place
 
 	process *process
+	cgroup  func() (*cgroup.Group, error) // waits for it
 	group   *cgroup.Group
 	files   startFiles
 	kept    monitor.Kept
@@ -57,6 +58,8 @@ func (x *Executor) Create(ctx context.Context, c *runtime.Container, root *os.Fi
 	ctx, cancel := context.WithTimeoutCause(ctx, setupTimeout, errs.New(errs.DeadlineExceeded, "the container's first process did not get ready within %s", setupTimeout))
 	defer cancel()
 	k := &creation{x: x, c: c, place: place{root: root, fs: map[string]*os.File{}}}
+	// The cgroup takes the kernel as long as all that is done before it is needed.
+	k.cgroup = begin(func() (*cgroup.Group, error) { return x.createCgroup(ctx, c) })
 	defer func() {
 		k.place.close()
 		if k.builder != nil {
@@ -75,8 +78,8 @@ func (x *Executor) Create(ctx context.Context, c *runtime.Container, root *os.Fi
 		name string
 		do   func(context.Context) error
 	}{
-		{"read the spec", k.readSpec}, {"open volumes", k.openPlace}, {"make the cgroup", k.makeCgroup},
-		{"open namespaces", k.openNamespaces}, {"make stdio", k.makeStdio}, {"clone", k.cloneChild},
+		{"read the spec", k.readSpec}, {"open volumes", k.openPlace}, {"open namespaces", k.openNamespaces}, {"make stdio", k.makeStdio},
+		{"make the cgroup", k.makeCgroup}, {"clone", k.cloneChild},
 		{"wait for file systems", k.awaitReady}, {"assemble the root file system", k.assemble}, {"wait for the first process", k.awaitCreated},
 		{"read its start time", k.readStart},
 	} {
@@ -85,6 +88,7 @@ func (x *Executor) Create(ctx context.Context, c *runtime.Container, root *os.Fi
 			// The undo has a deadline of its own: the caller's may be what failed.
 			uctx, ucancel := context.WithTimeout(context.WithoutCancel(ctx), setupTimeout)
 			defer ucancel()
+			_ = k.takeCgroup()
 			return runtime.Process{}, errors.Join(err, k.undo.Run(uctx))
 		}
 	}
@@ -114,8 +118,27 @@ func (k *creation) openPlace(ctx context.Context) (err error) {
 	return k.x.openVolumes(ctx, k.c, &k.place)
 }
 
-func (k *creation) makeCgroup(ctx context.Context) error {
-	g, err := k.x.createCgroup(ctx, k.c)
+// begin starts f and returns a function that waits for its result.
+func begin[T any](f func() (T, error)) func() (T, error) {
+	var v T
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		v, err = f()
+	}()
+	return func() (T, error) {
+		<-done
+		return v, err
+	}
+}
+
+// takeCgroup waits for the cgroup and puts it on the list of what is undone.
+func (k *creation) takeCgroup() error {
+	if k.group != nil {
+		return nil
+	}
+	g, err := k.cgroup()
 	if err != nil {
 		return err
 	}
@@ -124,7 +147,14 @@ func (k *creation) makeCgroup(ctx context.Context) error {
 		k.x.releaseHolder(k.c.ID)
 		return errors.Join(g.Kill(ctx), g.Remove(ctx))
 	})
-	k.files.tasks, k.files.cgroup = g.TaskFDs(), g.CloneFD()
+	return nil
+}
+
+func (k *creation) makeCgroup(context.Context) (err error) {
+	if err := k.takeCgroup(); err != nil {
+		return err
+	}
+	k.files.tasks, k.files.cgroup = k.group.TaskFDs(), k.group.CloneFD()
 	k.place.cgroups, err = k.x.cgroupViews(k.c)
 	return err
 }
