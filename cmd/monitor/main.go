@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 
+	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime/monitor/keeper"
 	"github.com/naru-project/naru/runtime/monitor/worker"
 )
@@ -70,8 +71,10 @@ func run(args []string, out io.Writer) error {
 		pause()
 		return nil
 	case "keeper":
+		sys.RelaxTimers()
 		return runKeeper(args, out)
 	case "worker":
+		sys.RelaxTimers()
 		return worker.Run(version)
 	case "version", "--version":
 		if len(args) > 0 && args[0] == "--protocol" {

@@ -26,6 +26,7 @@ import (
 	"github.com/naru-project/naru/internal/config"
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/notify"
+	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/pod"
 	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/monitor"
@@ -62,7 +63,7 @@ func runServe(ctx context.Context, cfg *config.Config) (err error) {
 		name string
 		do   func(context.Context) error
 	}{
-		{"close inherited files", closeInherited}, {"prepare folders", d.prepareFolders}, {"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor},
+		{"close inherited files", closeInherited}, {"relax timers", relaxTimers}, {"prepare folders", d.prepareFolders}, {"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor},
 		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer},
 	} {
 		if err := s.do(ctx); err != nil {
@@ -70,6 +71,11 @@ func runServe(ctx context.Context, cfg *config.Config) (err error) {
 		}
 	}
 	return d.serve(ctx)
+}
+
+func relaxTimers(context.Context) error {
+	sys.RelaxTimers()
+	return nil
 }
 
 // closeInherited closes what a careless parent left open: every descriptor but

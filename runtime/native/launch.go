@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime/plan"
 )
 
@@ -123,7 +124,7 @@ func (l *launch) inheritance(p *process) {
 	l.Sys(plan.StageAttributes, unix.SYS_UMASK, plan.Int(p.umask))
 	l.Sys(plan.StageAttributes, unix.SYS_SETPRIORITY, plan.Int(unix.PRIO_PROCESS), plan.Int(0), plan.Int(0)).MayFail(unix.EACCES, unix.EPERM)
 	l.Sys(plan.StageAttributes, unix.SYS_IOPRIO_SET, plan.Int(1), plan.Int(0), plan.Int(0)).MayFail()
-	l.Sys(plan.StageAttributes, unix.SYS_PRCTL, plan.Int(unix.PR_SET_TIMERSLACK), plan.Int(0), plan.Int(0), plan.Int(0), plan.Int(0))
+	l.Sys(plan.StageAttributes, unix.SYS_PRCTL, plan.Int(unix.PR_SET_TIMERSLACK), plan.Int(sys.DefaultTimerSlack), plan.Int(0), plan.Int(0), plan.Int(0))
 	l.Sys(plan.StageAttributes, unix.SYS_PERSONALITY, plan.Int(0))
 	l.Sys(plan.StageAttributes, unix.SYS_PRCTL, plan.Int(unix.PR_SET_SECUREBITS), plan.Int(0), plan.Int(0), plan.Int(0), plan.Int(0)).MayFail(unix.EPERM)
 	if p.keyring != "" {
