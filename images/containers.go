@@ -9,20 +9,15 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
 
-	"github.com/naru-project/naru/images/internal/tree"
 	"github.com/naru-project/naru/images/layers"
 	"github.com/naru-project/naru/internal/atomicfile"
 	"github.com/naru-project/naru/internal/errs"
 )
 
 const (
-	upperName = "upper"
-	workName  = "work"
 	emptyName = "empty"
 )
 
@@ -117,53 +112,6 @@ func (s *Store) ReleaseOwner(_ context.Context, owner string) error {
 	return errors.Join(err, s.layers.Release(h.all()...))
 }
 
-// NewWritable makes the upper and work folders of a container, for overlayfs:
-// on one file system, owned by the user that is root in the container. The
-// folder above them is for root only. Safe to repeat.
-func (s *Store) NewWritable(_ context.Context, containerID string, rootUID, rootGID uint32) (upper, work string, err error) {
-	if err := checkName("container", containerID); err != nil {
-		return "", "", err
-	}
-	dir := filepath.Join(s.dirs.writable.Name(), containerID)
-	upper, work = filepath.Join(dir, upperName), filepath.Join(dir, workName)
-	for _, d := range []struct {
-		path  string
-		mode  os.FileMode
-		owned bool
-	}{{dir, 0o700, false}, {upper, 0o755, true}, {work, 0o700, true}} {
-		if err := os.Mkdir(d.path, d.mode); err != nil && !errors.Is(err, fs.ErrExist) {
-			return "", "", noSpace("make writable folder", err)
-		}
-		if err := os.Chmod(d.path, d.mode); err != nil { // whatever the umask
-			return "", "", fmt.Errorf("make writable folder: %w", err)
-		}
-		if !d.owned || rootUID == 0 && rootGID == 0 {
-			continue
-		}
-		if err := os.Lchown(d.path, int(rootUID), int(rootGID)); err != nil {
-			return "", "", fmt.Errorf("make writable folder: %w", err)
-		}
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.usage[containerID] == nil {
-		s.usage[containerID] = &usage{last: Usage{Bytes: 4096, Inodes: 1, Time: time.Now()}} // the empty upper folder
-	}
-	return upper, work, nil
-}
-
-// RemoveWritable removes a container's writable folders: out of the way at
-// once, off the disk soon. Absent is no error.
-func (s *Store) RemoveWritable(_ context.Context, containerID string) error {
-	if err := checkName("container", containerID); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	delete(s.usage, containerID)
-	s.mu.Unlock()
-	return s.trash.Put(int(s.dirs.writable.Fd()), containerID)
-}
-
 // Sweep removes writable folders and holds whose owner is not in known. The
 // pod manager calls it once it knows what there is.
 func (s *Store) Sweep(ctx context.Context, known map[string]bool) error {
@@ -182,7 +130,7 @@ func (s *Store) Sweep(ctx context.Context, known map[string]bool) error {
 	list, err := os.ReadDir(s.dirs.writable.Name())
 	all = append(all, err)
 	for _, d := range list {
-		if known[d.Name()] {
+		if known[d.Name()] || strings.HasPrefix(d.Name(), sparePrefix) {
 			continue
 		}
 		s.mu.Lock()
@@ -191,79 +139,4 @@ func (s *Store) Sweep(ctx context.Context, known map[string]bool) error {
 		all = append(all, s.trash.Put(int(s.dirs.writable.Fd()), d.Name()))
 	}
 	return errors.Join(all...)
-}
-
-// usage is what a writable folder took when it was last counted. Guarded by
-// Store.mu.
-type usage struct {
-	last     Usage
-	counting bool
-}
-
-// WritableUsage returns what the container's writable folder took when it was
-// last counted, and has it counted again in the background when that is some
-// seconds ago. It never waits; before the first count after a restart the
-// usage has no Time.
-func (s *Store) WritableUsage(ctx context.Context, containerID string) (Usage, error) {
-	if err := checkName("container", containerID); err != nil {
-		return Usage{}, err
-	}
-	s.mu.Lock()
-	u := s.usage[containerID]
-	s.mu.Unlock()
-	if u == nil {
-		var st unix.Stat_t
-		if err := unix.Fstatat(int(s.dirs.writable.Fd()), containerID, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			return Usage{}, errs.New(errs.NotFound, "container %s has no writable folder", containerID)
-		}
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if u = s.usage[containerID]; u == nil {
-		u = &usage{}
-		s.usage[containerID] = u
-	}
-	if !u.counting && time.Since(u.last.Time) >= s.cfg.UsageInterval {
-		log := klog.FromContext(ctx)
-		u.counting = s.begin(func() { s.count(log, containerID, u) })
-	}
-	return u.last, nil
-}
-
-// count measures one writable folder.
-func (s *Store) count(log klog.Logger, containerID string, u *usage) {
-	got, err := s.measure(containerID)
-	s.mu.Lock()
-	u.counting = false
-	if err == nil {
-		u.last = Usage{Bytes: got.Bytes, Inodes: got.Inodes, Time: time.Now()}
-	}
-	gone := s.usage[containerID] != u
-	s.mu.Unlock()
-	if err != nil && !gone && s.life.Err() == nil {
-		log.Error(err, "Could not count the usage of a container's writable folder", "container", containerID)
-	}
-}
-
-const measureTimeout = 5 * time.Minute
-
-func (s *Store) measure(containerID string) (tree.Usage, error) {
-	select {
-	case s.meters <- struct{}{}:
-	case <-s.life.Done():
-		return tree.Usage{}, errClosed
-	}
-	defer func() { <-s.meters }()
-	ctx, cancel := context.WithTimeout(s.life, measureTimeout)
-	defer cancel()
-	how := unix.OpenHow{
-		Flags:   unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
-	}
-	fd, err := unix.Openat2(int(s.dirs.writable.Fd()), containerID+"/"+upperName, &how)
-	if err != nil {
-		return tree.Usage{}, fmt.Errorf("open writable folder: %w", err)
-	}
-	defer func() { _ = unix.Close(fd) }()
-	return tree.Measure(ctx, fd)
 }

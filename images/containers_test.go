@@ -27,10 +27,11 @@ func TestWritable(t *testing.T) {
 	cfg.UsageInterval = time.Millisecond
 	s := openStore(t, cfg)
 	id := strings.Repeat("ab", 32)
-	upper, work, err := s.NewWritable(t.Context(), id, 0, 0)
+	w, err := s.NewWritable(t.Context(), id)
 	must(t, err)
-	if u2, w2, err := s.NewWritable(t.Context(), id, 0, 0); err != nil || u2 != upper || w2 != work {
-		t.Error("not repeatable: ", u2, w2, err)
+	upper := w.Upper
+	if again, err := s.NewWritable(t.Context(), id); err != nil || again != w {
+		t.Error("not repeatable: ", again, err)
 	}
 	u, err := s.WritableUsage(t.Context(), id)
 	if err != nil || u.Inodes != 1 || u.Time.IsZero() {
@@ -72,7 +73,7 @@ func TestWritable(t *testing.T) {
 		t.Error("removed what a link points to: ", err)
 	}
 	for _, bad := range []string{"", ".", "..", "../x", "a/b", "a\x00", strings.Repeat("a", 300), ".hid"} {
-		if _, _, err := s.NewWritable(t.Context(), bad, 0, 0); errs.Of(err) != errs.InvalidArgument {
+		if _, err := s.NewWritable(t.Context(), bad); errs.Of(err) != errs.InvalidArgument {
 			t.Errorf("%q: %v", bad, err)
 		}
 		if err := s.RemoveWritable(t.Context(), bad); errs.Of(err) != errs.InvalidArgument {
@@ -125,8 +126,9 @@ func TestMeasureWithoutChange(t *testing.T) {
 
 func TestImmutableFilesGo(t *testing.T) {
 	s := openStore(t, testConfig(t))
-	upper, _, err := s.NewWritable(t.Context(), "c", 0, 0)
+	w, err := s.NewWritable(t.Context(), "c")
 	must(t, err)
+	upper := w.Upper
 	must(t, os.MkdirAll(filepath.Join(upper, "d"), 0o755))
 	must(t, os.WriteFile(filepath.Join(upper, "d/f"), nil, 0o644))
 	if out, err := exec.Command("chattr", "+i", filepath.Join(upper, "d/f"), filepath.Join(upper, "d")).CombinedOutput(); err != nil {
@@ -290,8 +292,9 @@ func testOverlay(t *testing.T, seed uint64) {
 	id := mustPull(t, s, reg.Host()+"/app:v1")
 	dirs, err := s.Layers(t.Context(), id, "c")
 	must(t, err)
-	upper, work, err := s.NewWritable(t.Context(), "c", 0, 0)
+	w, err := s.NewWritable(t.Context(), "c")
 	must(t, err)
+	upper, work := w.Upper, w.Work
 	at := t.TempDir()
 	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", strings.Join(dirs, ":"), upper, work)
 	if err := unix.Mount("overlay", at, "overlay", 0, opts); err != nil {

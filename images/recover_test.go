@@ -302,21 +302,19 @@ func TestPrivateFolders(t *testing.T) {
 		id := mustPull(t, s, reg.Host()+"/app:v1")
 		dirs, err := s.Layers(t.Context(), id, "c")
 		must(t, err)
-		upper, work, err := s.NewWritable(t.Context(), "c", 100000, 200000)
+		w, err := s.NewWritable(t.Context(), "c")
 		must(t, err)
+		upper, work := w.Upper, w.Work
 		unix.Umask(old)
 		for path, want := range map[string]uint32{
 			cfg.Root: 0o700, cfg.Root + "/layers": 0o700, cfg.Root + "/images": 0o700, cfg.Root + "/writable": 0o700, cfg.Root + "/trash": 0o700,
 			cfg.Root + "/quarantine": 0o700, cfg.Root + "/holds": 0o700, filepath.Dir(upper): 0o700, upper: 0o755, work: 0o700,
+			w.Places: 0o755, w.Places + "/etc": 0o755, w.Places + "/etc/hosts": 0o644,
 			dirs[0]: 0o755, dirs[0] + "/suid": 0o4755, cfg.Root + "/lock": 0o600,
 		} {
 			var st unix.Stat_t
 			must(t, unix.Lstat(path, &st))
-			wantUID := uint32(0)
-			if path == upper || path == work {
-				wantUID = 100000
-			}
-			if st.Mode&0o7777 != want || st.Uid != wantUID {
+			if st.Mode&0o7777 != want || st.Uid != 0 {
 				t.Errorf("umask %o: %s has mode %o, owner %d", mask, path, st.Mode&0o7777, st.Uid)
 			}
 		}

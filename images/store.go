@@ -27,6 +27,7 @@ import (
 //	<root>/layers/<n>                      one unpacked layer
 //	<root>/holds/<owner>.json              the layers that a container uses
 //	<root>/writable/<container>/{upper,work}
+//	<root>/places                          the mount points below all layers
 //	<root>/quarantine                      records that could not be read
 //	<root>/trash                           what waits to be removed
 //	<root>/lock                            held while the store is open
@@ -58,6 +59,12 @@ type Store struct {
 	pulls  map[string]*pull
 	usage  map[string]*usage // by container
 	meters chan struct{}     // bounds the measurements under way
+
+	spare      chan string // writable folders that wait for a container
+	spares     atomic.Uint64
+	placesOnce sync.Once
+	placesDir  string
+	placesErr  error
 }
 
 // dirs are the store's folders, held open.
@@ -85,7 +92,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		cfg: cfg, platform: platforms.Only(platforms.DefaultSpec()),
 		budget: semaphore.NewWeighted(int64(cfg.MaxTransfers)), commit: make(chan struct{}, 1),
 		images: map[string]*stored{}, holds: map[string]*hold{}, pulls: map[string]*pull{},
-		usage: map[string]*usage{}, meters: make(chan struct{}, 2),
+		usage: map[string]*usage{}, meters: make(chan struct{}, 2), spare: make(chan string, maxSpare),
 	}
 	s.life, s.end = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.snap.Store(&snapshot{})
@@ -114,6 +121,9 @@ func (s *Store) open(ctx context.Context) error {
 		if err := atomicfile.CleanTemp(dir.Name()); err != nil {
 			return fmt.Errorf("remove unfinished files: %w", err)
 		}
+	}
+	if err := s.removeSpare(); err != nil {
+		return fmt.Errorf("remove spare folders: %w", err)
 	}
 	if s.mount, err = mountpoint(s.dirs.root); err != nil {
 		return err
@@ -197,7 +207,7 @@ func (s *Store) Close() error {
 	}
 	s.end(errClosed)
 	s.work.Wait()
-	var all []error
+	all := []error{s.removeSpare()}
 	if s.trash != nil {
 		all = append(all, s.trash.Close())
 	}

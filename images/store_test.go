@@ -136,7 +136,9 @@ func waitEmpty(t testing.TB, s *Store) {
 				t.Fatal(err)
 			}
 			for _, f := range list {
-				left = append(left, d+"/"+f.Name())
+				if !strings.HasPrefix(f.Name(), sparePrefix) {
+					left = append(left, d+"/"+f.Name())
+				}
 			}
 		}
 		if len(left) == 0 {

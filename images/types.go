@@ -39,6 +39,15 @@ type Auth struct {
 	IdentityToken, RegistryToken string
 }
 
+// Writable are the folders that overlayfs needs for a container beside the
+// layers of its image: upper and work on one file system.
+type Writable struct {
+	Upper, Work string
+	// Places is a layer to go below all others: the mount points that every
+	// container needs.
+	Places string
+}
+
 // Usage of a folder tree or file system.
 type Usage struct {
 	Bytes, Inodes uint64

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/naru-project/naru/images"
@@ -250,11 +251,11 @@ func (w *containerWork) closeRoot() error {
 
 func (m *Manager) makeWritable(ctx context.Context, w *containerWork) error {
 	// In a user namespace too: the executor shows the folders through a mapping.
-	upper, work, err := m.deps.Images.NewWritable(ctx, w.c.id, 0, 0)
+	own, err := m.deps.Images.NewWritable(ctx, w.c.id)
 	if err != nil {
 		return err
 	}
-	w.rootfs = runtime.Rootfs{Lower: w.layers, Upper: upper, Work: work}
+	w.rootfs = runtime.Rootfs{Lower: append(slices.Clip(w.layers), own.Places), Upper: own.Upper, Work: own.Work}
 	return nil
 }
 

@@ -83,8 +83,8 @@ type Images interface {
 	// removal) for owner until ReleaseOwner.
 	Layers(ctx context.Context, imageID, owner string) ([]string, error)
 	ReleaseOwner(ctx context.Context, owner string) error
-	// NewWritable makes the upper and work folders of a container.
-	NewWritable(ctx context.Context, containerID string, rootUID, rootGID uint32) (upper, work string, err error)
+	// NewWritable makes the writable folders of a container.
+	NewWritable(ctx context.Context, containerID string) (images.Writable, error)
 	RemoveWritable(ctx context.Context, containerID string) error
 	// WritableUsage may be some seconds old; its Time says.
 	WritableUsage(ctx context.Context, containerID string) (images.Usage, error)

@@ -336,12 +336,12 @@ func (s store) ReleaseOwner(ctx context.Context, owner string) error {
 	})
 }
 
-func (s store) NewWritable(ctx context.Context, id string, _, _ uint32) (upper, work string, err error) {
-	err = s.l.call(ctx, "Images.NewWritable", func() error {
+func (s store) NewWritable(ctx context.Context, id string) (images.Writable, error) {
+	err := s.l.call(ctx, "Images.NewWritable", func() error {
 		s.l.w.writables[id] = true
 		return nil
 	})
-	return "/w/" + id + "/upper", "/w/" + id + "/work", err
+	return images.Writable{Upper: "/w/" + id + "/upper", Work: "/w/" + id + "/work", Places: "/w/places"}, err
 }
 
 func (s store) RemoveWritable(ctx context.Context, id string) error {
