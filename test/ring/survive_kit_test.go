@@ -138,7 +138,7 @@ func (n *Node) ownerless(t testing.TB) (left []string) {
 	}
 	for _, d := range []string{
 		n.RunDir + "/ns", n.RunDir + "/pods", n.RunDir + "/io", n.RunDir + "/monitor/exits", n.Root + "/images/writable", n.Root + "/images/holds",
-		n.Root + "/state/pods", n.Root + "/state/containers", n.Run + "/state/specs",
+		n.Root + "/state/pods", n.Root + "/state/containers", n.RunDir + "/state/specs",
 	} {
 		entries, err := os.ReadDir(d)
 		if err != nil && !os.IsNotExist(err) {
