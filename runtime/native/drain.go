@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -30,12 +31,18 @@ func (e *ending) set(files ...*os.File) {
 	}
 }
 
+// copyBuffers are for output on its way: an exec probe has two streams and
+// hardly a byte in them.
+var copyBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+
 // copy copies until the stream or the time after the process's end is over.
 func (e *ending) copy(w io.Writer, r *os.File) {
 	if w == nil {
 		w = io.Discard
 	}
-	buf := make([]byte, 32<<10)
+	b := copyBuffers.Get().(*[32 << 10]byte)
+	defer copyBuffers.Put(b)
+	buf := b[:]
 	for tail := 0; ; {
 		at := e.at.Load()
 		if at != nil {
