@@ -161,3 +161,50 @@ func TestUnimplementedTable(t *testing.T) {
 		}
 	}
 }
+
+var namedTest = regexp.MustCompile("`([a-z/]+)` `(Test[A-Za-z0-9_]+)(/[^`]+)?`")
+
+// TestFeatureTable keeps docs/features.md true: each row that says yes names a
+// test, and each test that is named exists.
+func TestFeatureTable(t *testing.T) {
+	text, err := os.ReadFile("docs/features.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sources := map[string]string{}
+	rows := 0
+	for line := range strings.Lines(string(text)) {
+		cells := strings.Split(line, " | ")
+		if len(cells) != 4 || !regexp.MustCompile(`^\| [A-E][0-9]+$`).MatchString(cells[0]) {
+			continue
+		}
+		rows++
+		named := namedTest.FindAllStringSubmatch(cells[3], -1)
+		if strings.HasPrefix(cells[2], "yes") && len(named) == 0 {
+			t.Errorf("a yes without a test: %s", line)
+		}
+		for _, n := range named {
+			src, ok := sources[n[1]]
+			if !ok {
+				files, _ := filepath.Glob(n[1] + "/*_test.go")
+				for _, f := range files {
+					b, err := os.ReadFile(f)
+					if err != nil {
+						t.Fatal(err)
+					}
+					src += string(b)
+				}
+				sources[n[1]] = src
+			}
+			if !strings.Contains(src, "func "+n[2]+"(") {
+				t.Errorf("docs/features.md: %s has no %s", n[1], n[2])
+			}
+			if sub := strings.TrimPrefix(n[3], "/"); sub != "" && !strings.Contains(src, `t.Run("`+sub+`"`) {
+				t.Errorf("docs/features.md: %s has no subtest %q", n[2], sub)
+			}
+		}
+	}
+	if rows < 100 {
+		t.Errorf("docs/features.md has %d rows", rows)
+	}
+}
