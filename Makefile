@@ -47,7 +47,7 @@ demo: check-root check-demo build demo-tools ## Run a pod of two containers from
 ##@ Test
 
 .PHONY: test
-test: check-root check-test build build-all lint critest demo test-hack ## What CI runs: lint, critest, demo, then all Go tests with the race detector
+test: check-root check-test build build-all lint critest critest-benchmark demo test-hack ## What CI runs: lint, critest, demo, then all Go tests with the race detector
 	@echo "testing with the race detector"
 	@$(GO) test -race -p 1 -timeout 15m ./...
 	@echo "PASS: make test"
@@ -89,6 +89,10 @@ lint: check-go $(bin)/golangci-lint ## golangci-lint with the rules of .golangci
 .PHONY: critest
 critest: check-root check-test build cri-tools hack-tools ## Kubernetes' CRI conformance tests; FOCUS='text', PEER=containerd, PARALLEL=2
 	@hack/critest.sh
+
+.PHONY: critest-benchmark
+critest-benchmark: check-root check-test build cri-tools hack-tools ## critest's own benchmarks, BENCHMARK=20 of each kind
+	@BENCHMARK=$(or $(BENCHMARK),20) hack/critest.sh
 
 .PHONY: kubelet-smoke
 kubelet-smoke: check-root check-test build cri-tools hack-tools kubelet ## The real kubelet with a static pod: probes, restart, logs

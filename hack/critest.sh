@@ -8,6 +8,8 @@
 #            FOCUS='text'      only the specs whose name matches
 #            LEAST=105         how many specs must pass
 #            REPORT=FILE       where to put the JUnit report, and all logs beside it
+#            BENCHMARK=20      instead of the tests, critest's benchmarks with
+#                              so many pods, containers and images
 #            KEEP_FAILED=1     keep the logs of a run that failed
 . "$(dirname "$0")/lib.sh"
 . "$top/hack/naru.sh"
@@ -45,6 +47,26 @@ flags=(-config /nonexistent -runtime-endpoint "$endpoint" -ginkgo.no-color
 	"-ginkgo.junit-report=$work/junit.xml" "-ginkgo.timeout=${CRITEST_TIMEOUT:-10m}")
 [ "$parallel" = 1 ] || flags+=("-parallel=$parallel")
 [ -z "${FOCUS:-}" ] || flags+=("-ginkgo.focus=$FOCUS")
+if [ -n "${BENCHMARK:-}" ]; then
+	parallel=1 LEAST=${LEAST:-5}
+	image=$("$bin/testimages" list "$set" | awk '$1 ~ /busybox/ {print $1; exit}')
+	cat >"$work/benchmark.yaml" <<-EOF
+	containersNumber: $BENCHMARK
+	containersNumberParallel: 2
+	containerBenchmarkTimeoutSeconds: 120
+	podsNumber: $BENCHMARK
+	podsNumberParallel: 2
+	podBenchmarkTimeoutSeconds: 120
+	imagesNumber: $BENCHMARK
+	imagesNumberParallel: 2
+	imageBenchmarkTimeoutSeconds: 120
+	imagePullingBenchmarkImage: $image
+	imageListingBenchmarkImages: ["$image"]
+	podContainerStartBenchmarkTimeoutSeconds: 120
+	EOF
+	flags=(-config /nonexistent -runtime-endpoint "$endpoint" -ginkgo.no-color "-ginkgo.junit-report=$work/junit.xml" "-ginkgo.timeout=${CRITEST_TIMEOUT:-10m}"
+		-benchmark "-benchmarking-params-file=$work/benchmark.yaml" "-benchmarking-output-dir=$work/log")
+fi
 # What critest makes in the temporary folder goes away with ours.
 mkdir "$work/tmp"
 rc=0
@@ -56,7 +78,7 @@ if [ -n "${REPORT:-}" ]; then cp "$work/junit.xml" "$REPORT"; rm -rf "$REPORT.lo
 
 check=(--expected "$top/hack/critest-$target.expected")
 least=${LEAST:-105}
-if [ -n "${FOCUS:-}" ] || [ "$target" != naru ]; then check=() least=${LEAST:-1}; fi
+if [ -n "${FOCUS:-}${BENCHMARK:-}" ] || [ "$target" != naru ]; then check=() least=${LEAST:-1}; fi
 rc=0
 "$bin/junitcheck" "${check[@]}" --least "$least" "$work/junit.xml" || rc=$?
 if [ $rc != 0 ]; then
