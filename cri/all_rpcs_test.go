@@ -52,7 +52,7 @@ var emptyCodes = map[string]codes.Code{
 	"StreamPodSandboxStats":     codes.OK,
 	"UpdateRuntimeConfig":       codes.InvalidArgument,
 	"Status":                    codes.OK,
-	"CheckpointContainer":       codes.Unimplemented,
+	"CheckpointContainer":       codes.InvalidArgument,
 	"CheckpointPod":             codes.Unimplemented,
 	"RestorePod":                codes.Unimplemented,
 	"GetContainerEvents":        codes.DeadlineExceeded, // goes on until the caller ends it
@@ -74,7 +74,7 @@ var emptyCodes = map[string]codes.Code{
 var garbageCodes = map[string]codes.Code{
 	"Version": codes.OK, "Status": codes.OK, "RuntimeConfig": codes.OK, "ImageFsInfo": codes.OK,
 	"ListContainerStats": codes.OK, "StreamContainerStats": codes.OK, "ListPodSandboxStats": codes.OK, "StreamPodSandboxStats": codes.OK,
-	"CheckpointContainer": codes.Unimplemented, "CheckpointPod": codes.Unimplemented, "RestorePod": codes.Unimplemented,
+	"CheckpointPod": codes.Unimplemented, "RestorePod": codes.Unimplemented,
 	"ListMetricDescriptors": codes.Unimplemented, "ListPodSandboxMetrics": codes.Unimplemented, "StreamPodSandboxMetrics": codes.Unimplemented,
 	"GetContainerEvents": codes.DeadlineExceeded,
 }

@@ -35,6 +35,8 @@ type Pods interface {
 	Containers(f pod.Filter) []*pod.Container
 	UpdateContainer(ctx context.Context, id string, r pod.Resources, annotations map[string]string) error
 	ReopenLog(ctx context.Context, id string) error
+	// Checkpoint writes a checkpoint archive to location, which must not exist.
+	Checkpoint(ctx context.Context, id, location string, timeout time.Duration) error
 
 	ExecSync(ctx context.Context, id string, cmd []string, timeout time.Duration) (pod.ExecResult, error)
 	Exec(ctx context.Context, id string, cmd []string, tty bool, s pod.Streams) (exitCode int, err error)

@@ -196,6 +196,16 @@ func (f *fakePods) UpdateContainer(_ context.Context, id string, r pod.Resources
 	return f.byID("UpdateContainer", id)
 }
 
+func (f *fakePods) Checkpoint(_ context.Context, id, location string, timeout time.Duration) error {
+	f.mu.Lock()
+	f.grace = timeout
+	f.mu.Unlock()
+	if location == "" {
+		return errs.New(errs.InvalidArgument, "no location")
+	}
+	return f.byID("Checkpoint", id)
+}
+
 func (f *fakePods) ReopenLog(_ context.Context, id string) error { return f.byID("ReopenLog", id) }
 
 func (f *fakePods) ExecSync(_ context.Context, id string, _ []string, _ time.Duration) (pod.ExecResult, error) {

@@ -2,6 +2,7 @@ package pod
 
 import (
 	"context"
+	"io"
 	"net/netip"
 	"os"
 	"syscall"
@@ -45,6 +46,8 @@ type Executor interface {
 	Exec(ctx context.Context, c *runtime.Container, e runtime.ExecSpec, s runtime.Streams) (exitCode int, err error)
 	Attach(ctx context.Context, c *runtime.Container, s runtime.Streams) error
 	ReopenLog(ctx context.Context, c *runtime.Container) error
+	// Checkpoint writes the images of the container's processes into dir.
+	Checkpoint(ctx context.Context, c *runtime.Container, dir string) error
 	// EnsurePodCgroup makes the pod's cgroup parent if it is not there, and
 	// RemovePodCgroup removes it if Naru made it and it is empty.
 	EnsurePodCgroup(ctx context.Context, parent string) error
@@ -88,6 +91,8 @@ type Images interface {
 	RemoveWritable(ctx context.Context, containerID string) error
 	// WritableUsage may be some seconds old; its Time says.
 	WritableUsage(ctx context.Context, containerID string) (images.Usage, error)
+	// WriteDiff writes the container's writable layer as a layer's tar archive.
+	WriteDiff(ctx context.Context, containerID string, w io.Writer) error
 	// Sweep removes writable folders and holds of owners that are not known.
 	Sweep(ctx context.Context, known map[string]bool) error
 }

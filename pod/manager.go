@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -23,7 +24,7 @@ import (
 
 // Config of a Manager. Zero durations and counts have sane defaults.
 type Config struct {
-	StateDir string // lasting folder: pods/, containers/, quarantine/
+	StateDir string // lasting folder: pods/, containers/, quarantine/, checkpoints/
 	RunDir   string // folder of this boot: specs/, profiles/
 	Sync     bool   // fsync the record that ends an RPC
 	Handlers []string
@@ -116,6 +117,9 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 		wake:    make(chan struct{}, 1),
 	}
 	m.work.base, m.work.end = context.WithCancel(context.Background())
+	if err = os.RemoveAll(filepath.Join(cfg.StateDir, checkpointsDir)); err != nil {
+		return nil, err
+	}
 	if m.pods, err = store.Open(filepath.Join(cfg.StateDir, "pods"), recordSchema); err != nil {
 		return nil, err
 	}

@@ -148,7 +148,7 @@ func (d *daemon) reachMonitor(ctx context.Context) (err error) {
 		return err
 	}
 	d.exec, err = native.New(native.Config{
-		RunDir: d.cfg.Run, Cgroups: d.cgroups, Monitor: d.monitor, Stats: stats.New(d.cgroups), OOMScoreFloor: floor,
+		RunDir: d.cfg.Run, Cgroups: d.cgroups, Monitor: d.monitor, Stats: stats.New(d.cgroups), OOMScoreFloor: floor, CRIU: d.cfg.Runtime.CRIU,
 	})
 	if err == nil {
 		d.closers = append(d.closers, d.exec.Close)

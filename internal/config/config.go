@@ -104,6 +104,7 @@ type Runtime struct {
 	Monitor        string `toml:"monitor" comment:"The naru-monitor binary; empty = beside naru, then PATH. It is started when no keeper answers."`
 	MonitorDir     string `toml:"monitor_dir" comment:"Folder of the monitor's socket; empty = <run>/monitor."`
 	UserNamespaces bool   `toml:"user_namespaces" comment:"Offer user namespaces (hostUsers: false)."`
+	CRIU           string `toml:"criu" comment:"Absolute path of the criu program (3.17 or newer), for CheckpointContainer; empty = no checkpoints. A checkpoint holds the container's memory, with all secrets in it."`
 }
 
 // Streaming server for exec, attach and port-forward.
@@ -269,6 +270,9 @@ func (c *Config) Validate() error {
 	}
 	if c.Images.Progress < 0 || c.Images.PullTimeout < 0 {
 		bad("images", "timeouts must not be negative")
+	}
+	if c.Runtime.CRIU != "" && !filepath.IsAbs(c.Runtime.CRIU) {
+		bad("runtime.criu", "%q is not an absolute path", c.Runtime.CRIU)
 	}
 	switch c.Cgroup.Driver {
 	case "auto", "cgroupfs", "systemd":

@@ -1,7 +1,10 @@
 package podtest
 
 import (
+	"archive/tar"
 	"context"
+	"errors"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -183,6 +186,12 @@ func (x executor) Attach(ctx context.Context, _ *runtime.Container, _ runtime.St
 	return x.l.call(ctx, "Executor.Attach", func() error { return nil })
 }
 
+func (x executor) Checkpoint(ctx context.Context, _ *runtime.Container, dir string) error {
+	return x.l.call(ctx, "Executor.Checkpoint", func() error {
+		return errors.Join(os.WriteFile(filepath.Join(dir, "core-1.img"), []byte("memory"), 0o600), os.WriteFile(filepath.Join(dir, "dump.log"), nil, 0o600))
+	})
+}
+
 func (x executor) ReopenLog(ctx context.Context, _ *runtime.Container) error {
 	return x.l.call(ctx, "Executor.ReopenLog", func() error { return nil })
 }
@@ -352,6 +361,10 @@ func (s store) RemoveWritable(ctx context.Context, id string) error {
 		delete(s.l.w.writables, id)
 		return nil
 	})
+}
+
+func (s store) WriteDiff(ctx context.Context, _ string, w io.Writer) error {
+	return s.l.call(ctx, "Images.WriteDiff", func() error { return tar.NewWriter(w).Close() })
 }
 
 func (s store) WritableUsage(ctx context.Context, id string) (u images.Usage, err error) {

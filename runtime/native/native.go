@@ -48,6 +48,8 @@ type Config struct {
 	// OOMScoreFloor is the lowest oom_score_adj that this daemon may give
 	// (without CAP_SYS_RESOURCE: its own).
 	OOMScoreFloor int
+	// CRIU is the program that makes checkpoints; empty = there are none.
+	CRIU string
 }
 
 // Executor runs containers.
