@@ -5,7 +5,7 @@ set -uo pipefail
 tree=/vm/naru
 export NARU_IMAGES=$tree/images NARU_CACHE=/var/tmp/cache TMPDIR=/var/tmp NARU_SLOW=10 NO_COLOR=1
 export LC_ALL=C
-modprobe -aq overlay dummy veth nf_tables nft_masq nft_nat nft_fib_inet br_netfilter 2>/dev/null
+modprobe -aq overlay dummy veth nf_tables nft_masq nft_nat nft_fib_inet br_netfilter unix_diag tcp_diag udp_diag inet_diag packet_diag netlink_diag 2>/dev/null # the last ones for criu
 failed=()
 
 uptime_s() { cut -d' ' -f1 /proc/uptime; }

@@ -13,7 +13,7 @@ bookworm) export SUITE=bookworm ;;
 backports) export SUITE=bookworm KSUITE=trixie-backports ;;
 *) die "no image is called $name" ;;
 esac
-export NAME=$name VM_CACHE=$cache/vm EXTRA="apparmor curl"
+export NAME=$name VM_CACHE=$cache/vm EXTRA="apparmor curl criu"
 mkdir -p "$VM_CACHE"
 # Images that no name leads to any more are old ones.
 for dir in "$VM_CACHE"/*/; do

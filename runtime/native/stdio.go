@@ -102,8 +102,11 @@ func openStdinFIFO(path string) (r, w *os.File, err error) {
 	return r, w, nil
 }
 
+// openFIFO opens what Mkfifo made in a folder for root alone. Without
+// O_NOFOLLOW: the container's descriptor would show it (F_GETFL), and criu
+// could not open it anew through /proc/self/fd.
 func openFIFO(path string, flags int) (*os.File, error) {
-	fd, err := unix.Open(path, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0) //nolint:forbidigo // a path of ours; the last component is not followed
+	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0) //nolint:forbidigo // a path of ours, made a moment ago
 	if err != nil {
 		return nil, errs.New(errs.Internal, "open FIFO %s: %w", path, err)
 	}

@@ -19,7 +19,7 @@ import (
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// unpack extracts an archive's regular files.
+// unpack extracts an archive's folders and regular files.
 func unpack(t *testing.T, archive, dir string) (names []string) {
 	t.Helper()
 	f, err := os.Open(archive)
@@ -37,8 +37,15 @@ func unpack(t *testing.T, archive, dir string) (names []string) {
 		}
 		names = append(names, h.Name)
 		to := filepath.Join(dir, filepath.FromSlash(h.Name))
-		if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
+		folder := filepath.Dir(to)
+		if h.Typeflag == tar.TypeDir {
+			folder = to
+		}
+		if err := os.MkdirAll(folder, 0o755); err != nil {
 			t.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeDir {
+			continue
 		}
 		data, err := io.ReadAll(in)
 		if err != nil {
@@ -139,11 +146,23 @@ func (n *Node) restoreByHand(t *testing.T, criu, id, pod, dir, vol string) {
 		t.Fatal(err)
 	}
 	defer func() { _ = netns.Close() }()
-	out, err := os.Create(dir + "/output")
+	// criu sets the size of the pipe again, so its place is taken by another.
+	if err := unix.Mkfifo(dir+"/output", 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := os.OpenFile(dir+"/output", os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = out.Close() }()
+	in, err := os.OpenFile(dir+"/output", os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var output sink
+	done := make(chan struct{})
+	go func() { defer close(done); _, _ = io.Copy(&output, in) }()
+	defer func() { _ = in.Close(); <-done }()
 	args := []string{
 		"restore", "--images-dir", dir + "/checkpoint", "--work-dir", dir, "--log-file", "restore.log", "-v4", "--root", root,
 		"--restore-detached", "--pidfile", dir + "/pid", "--manage-cgroups=ignore", "--tcp-established", "--file-locks",
@@ -178,7 +197,6 @@ func (n *Node) restoreByHand(t *testing.T, criu, id, pod, dir, vol string) {
 	defer func() { _ = unix.Kill(pid, unix.SIGKILL) }()
 	numbered := regexp.MustCompile(`line \d+`)
 	eventually(t, 20*time.Second, "the restored process to write", func() bool {
-		b, _ := os.ReadFile(dir + "/output")
-		return len(numbered.FindAll(b, -1)) > 3
+		return len(numbered.FindAllString(output.String(), -1)) > 3
 	})
 }
