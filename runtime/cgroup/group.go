@@ -200,7 +200,7 @@ func (g *Group) makeAll(ctx context.Context) error {
 
 // clearLeftover removes what a crash left at the path of a new group.
 func (g *Group) clearLeftover(ctx context.Context, h *hierarchy) error {
-	if pids, err := listPids(ctx, h, g.rel); err == nil && len(pids) > 0 {
+	if pids, err := listPids(ctx, h, g.rel, true); err == nil && len(pids) > 0 {
 		return errs.New(errs.AlreadyExists, "cgroup %s has processes in it (%d …)", g.Path, pids[0])
 	}
 	return removeTree(ctx, h, g.rel, time.Now().Add(removeWait))

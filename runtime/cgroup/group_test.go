@@ -365,6 +365,22 @@ func TestExecGroupShared(t *testing.T) {
 		t.Fatal(err)
 	}
 	check()
+	// Killing asks for threads as well; who counts processes wants each once.
+	if pids, err = d.Processes(bg, g.Path); err != nil || len(pids) != 1 {
+		t.Fatalf("processes %v, %v", pids, err)
+	}
+	if err := writeAt(d.unified.fd, g.rel+"/t/cgroup.threads", strconv.Itoa(pids[0])); err != nil {
+		t.Fatal(err)
+	}
+	if counted, err := d.Processes(bg, g.Path); err != nil || !slices.Equal(counted, pids) {
+		t.Errorf("processes %v, %v, want %v", counted, err, pids)
+	}
+	if all, err := g.Procs(); err != nil || len(all) != 2 {
+		t.Errorf("processes and threads %v, %v", all, err)
+	}
+	if _, err := d.Processes(bg, g.Path+"none"); !errs.Is(err, errs.NotFound) {
+		t.Errorf("no cgroup: %v", err)
+	}
 }
 
 // TestExecManagedCgroup: a container that hands controllers to its own

@@ -93,14 +93,26 @@ func (g *Group) contains(pid int) bool {
 	return false
 }
 
-// Procs lists the processes of the group and below, in no order.
+// Procs lists the processes of the group and below, in no order. Of a threaded
+// group, which has threads only, it lists those.
 func (g *Group) Procs() ([]int, error) {
-	return listPids(context.Background(), g.d.tracking(), g.rel)
+	return listPids(context.Background(), g.d.tracking(), g.rel, true)
+}
+
+// Processes lists the processes of the group at path and below, none of their
+// threads, for counting them.
+func (d *Driver) Processes(ctx context.Context, path string) ([]int, error) {
+	g, err := d.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	return listPids(ctx, d.tracking(), g.rel, false)
 }
 
 // listPids walks the tree below rel. Folders that vanish meanwhile are skipped;
-// the walk is bounded by the number of pids and of folders.
-func listPids(ctx context.Context, h *hierarchy, rel string) ([]int, error) {
+// the walk is bounded by the number of pids and of folders. A threaded group
+// refuses to list processes: theirs are listed by the domain above it.
+func listPids(ctx context.Context, h *hierarchy, rel string, threads bool) ([]int, error) {
 	var pids []int
 	dirs := []string{rel}
 	for n := 0; len(dirs) > 0 && n < maxRemoved; n++ {
@@ -112,7 +124,9 @@ func listPids(ctx context.Context, h *hierarchy, rel string) ([]int, error) {
 		var err error
 		pids, err = appendPids(pids, h.fd, dir+"/cgroup.procs")
 		if errors.Is(err, unix.EOPNOTSUPP) {
-			pids, err = appendPids(pids, h.fd, dir+"/cgroup.threads")
+			if err = nil; threads {
+				pids, err = appendPids(pids, h.fd, dir+"/cgroup.threads")
+			}
 		}
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENAMETOOLONG) {
 			continue

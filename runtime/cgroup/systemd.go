@@ -159,7 +159,7 @@ func noSuchUnit(err error) bool {
 // stopScope removes the scope of a container. systemd does that by itself when
 // the last process goes; the call is for the other cases.
 func (d *Driver) stopScope(ctx context.Context, cgroupPath string) error {
-	if pids, err := listPids(ctx, d.unified, cgroupPath[1:]); err == nil && len(pids) > 0 {
+	if pids, err := listPids(ctx, d.unified, cgroupPath[1:], true); err == nil && len(pids) > 0 {
 		if err := (&Group{Path: cgroupPath, rel: cgroupPath[1:], d: d}).awaitEmpty(ctx); err != nil {
 			return err
 		}
