@@ -12,29 +12,29 @@ import (
 
 type unixStat = syscall.Stat_t
 
-// mountpoint is where the mount is that dir lies on: the longest mount point
-// above it, the newest of several at one place (proc_pid_mountinfo(5)).
-func mountpoint(dir *os.File) (string, error) {
+// mountOf tells where the mount is that dir lies on, and what is mounted there:
+// the longest mount point above it, the newest of several at one place
+// (proc_pid_mountinfo(5)).
+func mountOf(dir *os.File) (point, source string, err error) {
 	if id, err := mountID(dir); err == nil {
 		found, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) { return i.ID != id, i.ID == id })
 		if err == nil && len(found) == 1 {
-			return found[0].Mountpoint, nil
+			return found[0].Mountpoint, found[0].Source, nil
 		}
 	}
 	found, err := mountinfo.GetMounts(mountinfo.ParentsFilter(dir.Name()))
 	if err != nil {
-		return "", fmt.Errorf("read the mounts: %w", err)
+		return "", "", fmt.Errorf("read the mounts: %w", err)
 	}
-	best := ""
 	for _, m := range found {
-		if len(m.Mountpoint) >= len(best) && within(dir.Name(), m.Mountpoint) {
-			best = m.Mountpoint
+		if len(m.Mountpoint) >= len(point) && within(dir.Name(), m.Mountpoint) {
+			point, source = m.Mountpoint, m.Source
 		}
 	}
-	if best == "" {
-		return "/", nil
+	if point == "" {
+		return "/", "", nil
 	}
-	return best, nil
+	return point, source, nil
 }
 
 func within(path, dir string) bool {

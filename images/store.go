@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/naru-project/naru/images/layers"
 	"github.com/naru-project/naru/internal/atomicfile"
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
 )
 
 // Store holds the images of a node and the writable folders of its containers.
@@ -39,6 +41,7 @@ type Store struct {
 	cfg      Config
 	platform platforms.MatchComparer
 	mount    string // mount point of the file system of root
+	device   string // what is mounted there
 	trash    *tree.Trash
 	layers   *layers.Store
 	budget   *semaphore.Weighted
@@ -125,7 +128,7 @@ func (s *Store) open(ctx context.Context) error {
 	if err := s.removeSpare(); err != nil {
 		return fmt.Errorf("remove spare folders: %w", err)
 	}
-	if s.mount, err = mountpoint(s.dirs.root); err != nil {
+	if s.mount, s.device, err = mountOf(s.dirs.root); err != nil {
 		return err
 	}
 	return s.recover(ctx)
@@ -243,4 +246,16 @@ func (s *Store) lockCommit(ctx context.Context) (func(), error) {
 func (s *Store) FsInfo() (FsInfo, error) {
 	bytes, inodes := s.layers.Usage()
 	return FsInfo{Mountpoint: s.mount, Usage: Usage{Bytes: bytes, Inodes: inodes, Time: time.Now()}}, nil
+}
+
+// Disk tells how large the file system is that images and writable folders live
+// on, and what is left of it.
+func (s *Store) Disk() (Disk, error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(sys.FD(s.dirs.writable), &st); err != nil {
+		return Disk{}, errs.New(errs.Internal, "ask for the size of the file system at %s: %w", s.mount, err)
+	}
+	return Disk{
+		Device: strings.ToValidUTF8(s.device, "?"), Bytes: st.Blocks * uint64(st.Frsize), Inodes: st.Files, InodesFree: st.Ffree, Time: time.Now(),
+	}, nil
 }

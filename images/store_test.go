@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/naru-project/naru/images/internal/regtest"
 	"github.com/naru-project/naru/images/registry"
 	"github.com/naru-project/naru/internal/errs"
@@ -148,5 +150,21 @@ func waitEmpty(t testing.TB, s *Store) {
 			t.Fatalf("left behind: %v", left)
 		}
 		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func TestDisk(t *testing.T) {
+	cfg := testConfig(t)
+	s := openStore(t, cfg)
+	var st unix.Statfs_t
+	must(t, unix.Statfs(cfg.Root, &st))
+	d, err := s.Disk()
+	if err != nil || d.Bytes != st.Blocks*uint64(st.Frsize) || d.Inodes != st.Files || d.InodesFree > d.Inodes || time.Since(d.Time) > time.Minute {
+		t.Errorf("%+v, %v", d, err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	must(t, err)
+	if !strings.Contains(string(mounts), " "+s.mount+" ") || d.Device == "" || !strings.Contains(string(mounts), " "+d.Device+" ") {
+		t.Errorf("no mount of %q at %q", d.Device, s.mount)
 	}
 }

@@ -54,6 +54,15 @@ type Usage struct {
 	Time          time.Time
 }
 
+// Disk is a file system as a whole. One that has no fixed number of inodes
+// (btrfs) says 0.
+type Disk struct {
+	Device             string // as mounted: /dev/sda1
+	Bytes              uint64
+	Inodes, InodesFree uint64
+	Time               time.Time
+}
+
 // FsInfo is the usage of the file system that images live on.
 type FsInfo struct {
 	Mountpoint string

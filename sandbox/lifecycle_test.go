@@ -624,6 +624,9 @@ func TestStats(t *testing.T) {
 	if err != nil || len(got) != 1 || got[0].Name != "eth0" {
 		t.Fatalf("%+v %v", got, err)
 	}
+	if age := time.Since(got[0].Time); age < 0 || age > 2*statsAge {
+		t.Errorf("the counters are %v old", age)
+	}
 	if s := got[0]; s.TxPackets < 10 || s.TxBytes < 10000 || s.TxBytes > 20000 || s.RxBytes > s.TxBytes {
 		t.Errorf("%+v", s)
 	}

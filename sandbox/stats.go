@@ -26,7 +26,7 @@ func (m *Manager) Stats(_ context.Context, h *Handle) ([]Interface, error) {
 	if h == nil || h.HostLink == "" {
 		return nil, nil
 	}
-	l, ok, err := m.stats.get(h.HostLink)
+	l, at, ok, err := m.stats.get(h.HostLink)
 	if err != nil {
 		return nil, errs.New(errs.Internal, "read network counters: %w", err)
 	}
@@ -35,33 +35,33 @@ func (m *Manager) Stats(_ context.Context, h *Handle) ([]Interface, error) {
 	}
 	s := l.Stats
 	return []Interface{{
-		Name:    rtnl.PodLink,
+		Name: rtnl.PodLink, Time: at,
 		RxBytes: s.TxBytes, RxPackets: s.TxPackets, RxErrors: s.TxErrors, RxDropped: s.TxDropped,
 		TxBytes: s.RxBytes, TxPackets: s.RxPackets, TxErrors: s.RxErrors, TxDropped: s.RxDropped,
 	}}, nil
 }
 
-func (s *statsCache) get(name string) (rtnl.Link, bool, error) {
+func (s *statsCache) get(name string) (rtnl.Link, time.Time, bool, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if time.Since(s.at) < statsAge {
 		if l, ok := s.links[name]; ok {
-			return l, true, nil
+			return l, s.at, true, nil
 		} // made since the last look, or gone
 	}
 	c, err := rtnl.Open()
 	if err != nil {
-		return rtnl.Link{}, false, err
+		return rtnl.Link{}, time.Time{}, false, err
 	}
 	defer c.Close()
 	links, err := c.Veths()
 	if err != nil {
-		return rtnl.Link{}, false, err
+		return rtnl.Link{}, time.Time{}, false, err
 	}
 	s.at, s.links = time.Now(), make(map[string]rtnl.Link, len(links))
 	for _, l := range links {
 		s.links[l.Name] = l
 	}
 	l, ok := s.links[name]
-	return l, ok, nil
+	return l, s.at, ok, nil
 }

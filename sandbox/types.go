@@ -29,6 +29,7 @@ package sandbox
 
 import (
 	"net/netip"
+	"time"
 
 	"github.com/naru-project/naru/internal/namespaces"
 )
@@ -103,6 +104,7 @@ type Interface struct {
 	Name                                    string
 	RxBytes, RxPackets, RxErrors, RxDropped uint64
 	TxBytes, TxPackets, TxErrors, TxDropped uint64
+	Time                                    time.Time // of the counters
 }
 
 // NetworkStatus says whether pods with a network of their own can be started.
