@@ -255,6 +255,22 @@ type Stats struct {
 	Pids      *PidsStats
 	Hugetlb   []HugetlbStats
 	OOMEvents uint64
+	Details   *Details // only where they were asked for
+}
+
+// Details are what metrics tell beyond Stats. They cost a look at every process
+// of the container, so nobody else asks for them.
+type Details struct {
+	Time time.Time // of these, not before that of the Stats they belong to
+	// Processes of the cgroup and below, their descriptors, and the sockets
+	// among those, as far as there are not too many to count.
+	Processes, Descriptors, Sockets          uint64
+	HasProcesses, HasDescriptors, HasSockets bool
+	// OpenFiles is the soft limit of the first process's open files.
+	OpenFiles    uint64
+	HasOpenFiles bool
+	Reservation  uint64   // of memory, bytes; 0 = none
+	Devices      []string // the names of Stats.IO.Devices, in their order
 }
 
 // PSI is one line pair of a pressure file. Totals are nanoseconds, averages percent.
@@ -279,10 +295,13 @@ type CPUStats struct {
 type MemoryStats struct {
 	Usage, WorkingSet, RSS, Cache, MappedFile, Kernel uint64
 	Limit, SwapLimit                                  uint64 // 0 = none
+	Memsw                                             uint64 // cgroup version 1: limit of memory and swap together, 0 = none
 	Swap, MaxUsage, Failcnt                           uint64
 	PageFaults, MajorPageFaults                       uint64
 	Available                                         uint64
-	PSI                                               *PSI
+	// Kernels differ in what they count; without these the figure is no figure.
+	HasKernel, HasSwap, HasMaxUsage bool
+	PSI                             *PSI
 }
 
 // IOStats summed over devices, and by device.
@@ -296,15 +315,17 @@ type IOStats struct {
 type IODevice struct {
 	Major, Minor                         uint64
 	ReadBytes, WriteBytes, Reads, Writes uint64
+	DiscardBytes                         uint64
 }
 
 // PidsStats counts tasks.
 type PidsStats struct{ Current, Limit uint64 }
 
-// HugetlbStats of one page size, bytes.
+// HugetlbStats of one page size, bytes. cgroup version 2 keeps no highest usage.
 type HugetlbStats struct {
 	PageSize   string
 	Usage, Max uint64
+	HasMax     bool
 }
 
 // State is what the monitor and the kernel say of a container, for recovery.

@@ -14,6 +14,7 @@ import (
 	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/plan"
+	"github.com/naru-project/naru/runtime/stats"
 )
 
 // createCgroup makes the container's cgroup with its limits and device rules.
@@ -128,6 +129,11 @@ func (x *Executor) RemovePodCgroup(ctx context.Context, parent string) error {
 // Stats answers from the shared sampler.
 func (x *Executor) Stats(ctx context.Context, path string) (*runtime.Stats, error) {
 	return x.cfg.Stats.Get(ctx, path)
+}
+
+// DetailedStats answers from the same sample, with the details that metrics tell.
+func (x *Executor) DetailedStats(ctx context.Context, path string, first int) (*runtime.Stats, error) {
+	return x.cfg.Stats.Detailed(ctx, stats.Subject{Cgroup: path, First: first, Proc: x.proc})
 }
 
 // helper is a child of the worker that waits on a gate.

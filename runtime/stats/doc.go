@@ -6,6 +6,9 @@
 // ask. Nothing runs while nobody asks: an idle node costs nothing. The rate
 // UsageNanoCores is that between the last two samples, however far apart.
 //
+// Detailed adds to the sample what only metrics tell and what costs a look at
+// every process of the container; it is not read for anybody else.
+//
 // A sample costs a fixed number of small files. What the container does below
 // its own cgroup (10,000 nested ones) does not show: every figure is the
 // kernel's hierarchical one.

@@ -164,6 +164,7 @@ type memStat struct {
 	rss, cache, mapped, inactiveFile uint64
 	kernel, kernelParts, swap        uint64
 	faults, majorFaults              uint64
+	hasSwap                          bool // there is a line of it
 }
 
 // parseMemoryStatV2 reads version 2's memory.stat. "kernel" is there from 5.18;
@@ -221,7 +222,7 @@ func parseMemoryStatV1(b []byte, m *memStat) {
 		case "total_inactive_file":
 			m.inactiveFile = n
 		case "total_swap":
-			m.swap = n
+			m.swap, m.hasSwap = n, true
 		case "total_pgfault":
 			m.faults = n
 		case "total_pgmajfault":
@@ -347,6 +348,8 @@ func parseIOStatV2(b []byte, s *runtime.IOStats) {
 				d.Reads = n
 			case "wios":
 				d.Writes = n
+			case "dbytes":
+				d.DiscardBytes = n
 			}
 		}
 		s.Devices = append(s.Devices, d)
@@ -380,6 +383,8 @@ func parseBlkio(b []byte, s *runtime.IOStats, ops bool) {
 			d.ReadBytes = n
 		case string(kind) == "Write":
 			d.WriteBytes = n
+		case string(kind) == "Discard" && !ops:
+			d.DiscardBytes = n
 		}
 	}
 }

@@ -96,14 +96,14 @@ func TestParsePSI(t *testing.T) {
 func TestParseIO(t *testing.T) {
 	var s runtime.IOStats
 	parseIOStatV2([]byte("8:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n253:1 rbytes=5 wbytes=6 rios=7 wios=8 dbytes=9 dios=9\n8:16 \nbla\n"), &s)
-	if s.ReadBytes != 15 || s.WriteBytes != 26 || s.Reads != 8 || s.Writes != 10 || len(s.Devices) != 3 || s.Devices[1].Major != 253 || s.Devices[1].Minor != 1 {
+	if s.ReadBytes != 15 || s.WriteBytes != 26 || s.Reads != 8 || s.Writes != 10 || len(s.Devices) != 3 || s.Devices[1].Major != 253 || s.Devices[1].Minor != 1 || s.Devices[1].DiscardBytes != 9 {
 		t.Errorf("%+v", s)
 	}
 	s = runtime.IOStats{}
-	parseBlkio([]byte("8:0 Read 10\n8:0 Write 20\n8:0 Sync 1\n8:0 Total 30\n8:16 Read 1\nTotal 31\n"), &s, false)
-	parseBlkio([]byte("8:0 Read 3\n8:0 Write 4\n8:16 Write 5\nTotal 12\n"), &s, true)
+	parseBlkio([]byte("8:0 Read 10\n8:0 Write 20\n8:0 Sync 1\n8:0 Discard 7\n8:0 Total 30\n8:16 Read 1\nTotal 31\n"), &s, false)
+	parseBlkio([]byte("8:0 Read 3\n8:0 Write 4\n8:0 Discard 99\n8:16 Write 5\nTotal 12\n"), &s, true)
 	sumIO(&s)
-	if s.ReadBytes != 11 || s.WriteBytes != 20 || s.Reads != 3 || s.Writes != 9 || len(s.Devices) != 2 {
+	if s.ReadBytes != 11 || s.WriteBytes != 20 || s.Reads != 3 || s.Writes != 9 || len(s.Devices) != 2 || s.Devices[0].DiscardBytes != 7 {
 		t.Errorf("%+v", s)
 	}
 	s = runtime.IOStats{}
@@ -131,7 +131,7 @@ func TestParseMemory(t *testing.T) {
 	}
 	m = memStat{}
 	parseMemoryStatV1([]byte("rss 99\ntotal_rss 1\ntotal_cache 2\ntotal_mapped_file 4\ntotal_inactive_file 5\ntotal_swap 8\ntotal_pgfault 6\ntotal_pgmajfault 7\n"), &m)
-	want = memStat{rss: 1, cache: 2, mapped: 4, inactiveFile: 5, swap: 8, faults: 6, majorFaults: 7}
+	want = memStat{rss: 1, cache: 2, mapped: 4, inactiveFile: 5, swap: 8, hasSwap: true, faults: 6, majorFaults: 7}
 	if m != want {
 		t.Errorf("%+v", m)
 	}

@@ -55,13 +55,18 @@ type reader struct {
 	buf    []byte
 }
 
-// file returns the contents of a file until the next call, or nil. What does
-// not fit into the buffer is cut off at a line.
+// file returns the contents of a file of the cgroup until the next call, or nil.
 func (r *reader) file(dir int, name string) []byte {
 	if dir < 0 {
 		return nil
 	}
-	fd, err := unix.Openat(dir, r.rel+"/"+name, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	return r.fileAt(dir, r.rel+"/"+name)
+}
+
+// fileAt reads one file, likewise. What does not fit into the buffer is cut off
+// at a line.
+func (r *reader) fileAt(dir int, name string) []byte {
+	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil
 	}
@@ -132,10 +137,11 @@ func (r *reader) readMemoryV2(b *block, current []byte) {
 	m.Usage, _ = value(current)
 	var st memStat
 	parseMemoryStatV2(r.file(l.psi, "memory.stat"), &st)
-	m.Swap, _ = value(r.file(l.psi, "memory.swap.current"))
+	m.Swap, m.HasSwap = value(r.file(l.psi, "memory.swap.current"))
 	m.Limit = limit(r.file(l.psi, "memory.max"))
 	m.SwapLimit = limit(r.file(l.psi, "memory.swap.max"))
-	m.MaxUsage, _ = value(r.file(l.psi, "memory.peak"))
+	m.MaxUsage, m.HasMaxUsage = value(r.file(l.psi, "memory.peak")) // from 5.19
+	m.HasKernel = true
 	if f := r.file(l.psi, "memory.events"); f != nil {
 		m.Failcnt = keyed(f, "max")
 		b.stats.OOMEvents = keyed(f, "oom_kill")
@@ -173,13 +179,13 @@ func (r *reader) readMemoryV1(b *block, usage []byte) {
 	m.Usage, _ = value(usage)
 	var st memStat
 	parseMemoryStatV1(r.file(l.memory, "memory.stat"), &st)
-	st.kernel, _ = value(r.file(l.memory, "memory.kmem.usage_in_bytes"))
-	m.Swap = st.swap
+	st.kernel, m.HasKernel = value(r.file(l.memory, "memory.kmem.usage_in_bytes"))
+	m.Swap, m.HasSwap = st.swap, st.hasSwap
 	m.Limit = limit(r.file(l.memory, "memory.limit_in_bytes"))
-	if both := limit(r.file(l.memory, "memory.memsw.limit_in_bytes")); both > m.Limit && m.Limit > 0 {
-		m.SwapLimit = both - m.Limit
+	if m.Memsw = limit(r.file(l.memory, "memory.memsw.limit_in_bytes")); m.Memsw > m.Limit && m.Limit > 0 {
+		m.SwapLimit = m.Memsw - m.Limit
 	}
-	m.MaxUsage, _ = value(r.file(l.memory, "memory.max_usage_in_bytes"))
+	m.MaxUsage, m.HasMaxUsage = value(r.file(l.memory, "memory.max_usage_in_bytes"))
 	m.Failcnt, _ = value(r.file(l.memory, "memory.failcnt"))
 	b.stats.OOMEvents = keyed(r.file(l.memory, "memory.oom_control"), "oom_kill")
 	finishMemory(b, &st)
@@ -218,7 +224,7 @@ func (r *reader) readHugetlb(b *block, dir int, usage, top string) {
 		h := runtime.HugetlbStats{PageSize: size}
 		h.Usage, _ = value(f)
 		if top != "" {
-			h.Max, _ = value(r.file(dir, "hugetlb."+size+top))
+			h.Max, h.HasMax = value(r.file(dir, "hugetlb."+size+top))
 		}
 		b.stats.Hugetlb = append(b.stats.Hugetlb, h)
 	}

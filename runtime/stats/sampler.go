@@ -27,11 +27,13 @@ const (
 
 // Sampler reads and keeps samples. See the package comment.
 type Sampler struct {
-	layout  layout
-	now     func() time.Time
-	entries sync.Map // path → *entry
-	added   atomic.Uint32
-	buffers sync.Pool
+	layout layout
+	now    func() time.Time
+	// processes lists those of a cgroup and below.
+	processes func(ctx context.Context, path string) ([]int, error)
+	entries   sync.Map // path → *entry
+	added     atomic.Uint32
+	buffers   sync.Pool
 }
 
 // entry is one cgroup.
@@ -46,7 +48,7 @@ type entry struct {
 
 // New returns a Sampler for the hierarchies of d.
 func New(d *cgroup.Driver) *Sampler {
-	s := &Sampler{layout: newLayout(d), now: time.Now}
+	s := &Sampler{layout: newLayout(d), now: time.Now, processes: d.Processes}
 	s.buffers.New = func() any { b := make([]byte, bufSize); return &b }
 	return s
 }
@@ -129,12 +131,10 @@ func (s *Sampler) sample(ctx context.Context, path string, maxAge time.Duration)
 		return nil, errs.New(errs.InvalidArgument, "read statistics of %q: want the path of a cgroup", path)
 	}
 	e := s.entry(path, now)
-	select {
-	case e.turn <- struct{}{}:
-	case <-ctx.Done():
-		return nil, errs.New(errs.Of(ctx.Err()), "wait for statistics of %s: %w", path, context.Cause(ctx))
+	if err := e.lock(ctx, path); err != nil {
+		return nil, err
 	}
-	defer func() { <-e.turn }()
+	defer e.unlock()
 	// Somebody may have read while this one waited. His sample serves also a
 	// Read that began before it.
 	if st := e.last.Load(); st != nil && (st.Time.After(now) || (maxAge > 0 && s.now().Sub(st.Time) <= maxAge)) {
@@ -151,6 +151,17 @@ func (s *Sampler) sample(ctx context.Context, path string, maxAge time.Duration)
 	e.last.Store(st)
 	return st, nil
 }
+
+func (e *entry) lock(ctx context.Context, path string) error {
+	select {
+	case e.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return errs.New(errs.Of(ctx.Err()), "wait for statistics of %s: %w", path, context.Cause(ctx))
+	}
+}
+
+func (e *entry) unlock() { <-e.turn }
 
 func (s *Sampler) read(path string) (*runtime.Stats, error) {
 	buf := s.buffers.Get().(*[]byte)

@@ -71,7 +71,7 @@ func TestReadV2(t *testing.T) {
 	}
 	wantMem := runtime.MemoryStats{
 		Usage: 1000, WorkingSet: 600, RSS: 300, Cache: 600, MappedFile: 20, Kernel: 50, Limit: 4096, Swap: 7, MaxUsage: 2000, Failcnt: 3,
-		PageFaults: 11, MajorPageFaults: 2, Available: 3496, PSI: st.Memory.PSI,
+		PageFaults: 11, MajorPageFaults: 2, Available: 3496, HasKernel: true, HasSwap: true, HasMaxUsage: true, PSI: st.Memory.PSI,
 	}
 	if *st.Memory != wantMem || st.Memory.PSI == nil {
 		t.Errorf("memory %+v", *st.Memory)
@@ -114,12 +114,31 @@ func TestReadV1(t *testing.T) {
 		t.Errorf("cpu %+v", *st.CPU)
 	}
 	if *st.Memory != (runtime.MemoryStats{
-		Usage: 1000, RSS: 300, Cache: 600, Kernel: 44, Limit: 2000, SwapLimit: 500, Swap: 4, MaxUsage: 1500, Failcnt: 6, Available: 2000,
+		Usage: 1000, RSS: 300, Cache: 600, Kernel: 44, Limit: 2000, SwapLimit: 500, Memsw: 2500, Swap: 4, MaxUsage: 1500, Failcnt: 6, Available: 2000,
+		HasKernel: true, HasSwap: true, HasMaxUsage: true,
 	}) { // the working set does not go below 0
 		t.Errorf("memory %+v", *st.Memory)
 	}
-	if st.IO.ReadBytes != 10 || st.IO.Writes != 2 || *st.Pids != (runtime.PidsStats{Current: 5, Limit: 100}) || st.OOMEvents != 2 || st.Hugetlb[0].Max != 77 {
+	if st.IO.ReadBytes != 10 || st.IO.Writes != 2 || *st.Pids != (runtime.PidsStats{Current: 5, Limit: 100}) || st.OOMEvents != 2 || st.Hugetlb[0] != (runtime.HugetlbStats{PageSize: "2MB", Max: 77, HasMax: true}) {
 		t.Errorf("%+v %+v", st, st.IO)
+	}
+}
+
+// TestReadLess: what a kernel does not count is told from 0.
+func TestReadLess(t *testing.T) {
+	_, fd := fakeTree(t, map[string]string{"cpuacct.usage": "500\n", "memory.usage_in_bytes": "1000\n", "memory.stat": "total_rss 300\n"})
+	s := newFake(layout{cpu: fd, cpuacct: fd, memory: fd, blkio: -1, pids: -1, hugetlb: -1, psi: -1})
+	st, err := s.Read(bg, "/pod/c1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *st.Memory != (runtime.MemoryStats{Usage: 1000, WorkingSet: 1000, RSS: 300}) || st.CPU.PSI != nil || st.IO != nil || st.Pids != nil || st.Hugetlb != nil {
+		t.Errorf("version 1: %+v %+v", st, st.Memory)
+	}
+	_, fd = fakeTree(t, map[string]string{"memory.current": "1000\n", "memory.stat": "anon 300\n"})
+	s = newFake(layout{v2: true, psi: fd})
+	if st, err = s.Read(bg, "/pod/c1"); err != nil || *st.Memory != (runtime.MemoryStats{Usage: 1000, WorkingSet: 1000, RSS: 300, HasKernel: true}) {
+		t.Errorf("version 2: %+v, %v", st, err)
 	}
 }
 
