@@ -56,9 +56,9 @@ var emptyCodes = map[string]codes.Code{
 	"CheckpointPod":             codes.Unimplemented,
 	"RestorePod":                codes.Unimplemented,
 	"GetContainerEvents":        codes.DeadlineExceeded, // goes on until the caller ends it
-	"ListMetricDescriptors":     codes.Unimplemented,
-	"ListPodSandboxMetrics":     codes.Unimplemented,
-	"StreamPodSandboxMetrics":   codes.Unimplemented,
+	"ListMetricDescriptors":     codes.OK,
+	"ListPodSandboxMetrics":     codes.OK,
+	"StreamPodSandboxMetrics":   codes.OK,
 	"RuntimeConfig":             codes.OK,
 	"UpdatePodSandboxResources": codes.InvalidArgument,
 	"ListImages":                codes.OK,
@@ -75,7 +75,7 @@ var garbageCodes = map[string]codes.Code{
 	"Version": codes.OK, "Status": codes.OK, "RuntimeConfig": codes.OK, "ImageFsInfo": codes.OK,
 	"ListContainerStats": codes.OK, "StreamContainerStats": codes.OK, "ListPodSandboxStats": codes.OK, "StreamPodSandboxStats": codes.OK,
 	"CheckpointPod": codes.Unimplemented, "RestorePod": codes.Unimplemented,
-	"ListMetricDescriptors": codes.Unimplemented, "ListPodSandboxMetrics": codes.Unimplemented, "StreamPodSandboxMetrics": codes.Unimplemented,
+	"ListMetricDescriptors": codes.OK, "ListPodSandboxMetrics": codes.OK, "StreamPodSandboxMetrics": codes.OK,
 	"GetContainerEvents": codes.DeadlineExceeded,
 }
 

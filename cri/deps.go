@@ -48,6 +48,8 @@ type Pods interface {
 	ListContainerStats(ctx context.Context, f pod.Filter) []*pod.ContainerStats
 	SandboxStats(ctx context.Context, id string) (*pod.SandboxStats, error)
 	ListSandboxStats(ctx context.Context, f pod.Filter) []*pod.SandboxStats
+	// ListSandboxMetrics is of all ready pods, with details.
+	ListSandboxMetrics(ctx context.Context) []*pod.SandboxStats
 
 	// Subscribe delivers events until ctx ends; a subscriber that falls behind
 	// by more than the manager's bound is dropped: the channel is closed.

@@ -28,6 +28,7 @@ type fakePods struct {
 	pods       map[string]*pod.Pod
 	containers map[string]*pod.Container
 	stats      map[string]*pod.ContainerStats
+	metrics    []*pod.SandboxStats
 	err        map[string]error // by method name
 	calls      []string
 	sandbox    *pod.SandboxConfig
@@ -260,6 +261,11 @@ func (f *fakePods) ListSandboxStats(_ context.Context, filter pod.Filter) []*pod
 		out = append(out, &pod.SandboxStats{Pod: p})
 	}
 	return out
+}
+
+func (f *fakePods) ListSandboxMetrics(context.Context) []*pod.SandboxStats {
+	_ = f.called("ListSandboxMetrics")
+	return f.metrics
 }
 
 func (f *fakePods) Subscribe(context.Context) <-chan pod.Event {

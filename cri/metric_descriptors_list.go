@@ -6,7 +6,8 @@ import (
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// ListMetricDescriptors implements RuntimeService.
+// ListMetricDescriptors implements RuntimeService. kubelet asks once, at its
+// start, and ignores metrics that are not declared here.
 func (s *Server) ListMetricDescriptors(context.Context, *criv1.ListMetricDescriptorsRequest) (*criv1.ListMetricDescriptorsResponse, error) {
-	return nil, unimplemented("ListMetricDescriptors")
+	return &criv1.ListMetricDescriptorsResponse{Descriptors: append(describe(podMetrics()), describe(containerMetrics())...)}, nil
 }

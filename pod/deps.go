@@ -54,6 +54,8 @@ type Executor interface {
 	RemovePodCgroup(ctx context.Context, parent string) error
 	// Stats reads from the shared sampler; see runtime/stats.
 	Stats(ctx context.Context, cgroup string) (*runtime.Stats, error)
+	// DetailedStats is Stats with Details; first is the pid of the container's first process.
+	DetailedStats(ctx context.Context, cgroup string, first int) (*runtime.Stats, error)
 }
 
 // Sandboxes makes and removes the places of pods on the host (sandbox.Manager).
@@ -93,6 +95,8 @@ type Images interface {
 	WritableUsage(ctx context.Context, containerID string) (images.Usage, error)
 	// WriteDiff writes the container's writable layer as a layer's tar archive.
 	WriteDiff(ctx context.Context, containerID string, w io.Writer) error
+	// Disk is the file system that writable folders are on.
+	Disk() (images.Disk, error)
 	// Sweep removes writable folders and holds of owners that are not known.
 	Sweep(ctx context.Context, known map[string]bool) error
 }

@@ -317,6 +317,13 @@ func TestStatsAndInfo(t *testing.T) {
 		if l := r.m.ListSandboxStats(ctx, pod.Filter{}); len(l) != 1 {
 			t.Errorf("list %v", l)
 		}
+		metrics := r.m.ListSandboxMetrics(ctx)
+		if len(metrics) != 1 || metrics[0].Pod.ID != p || len(metrics[0].Interfaces) != 1 || len(metrics[0].Containers) != 1 {
+			t.Fatalf("metrics %+v", metrics)
+		}
+		if m := metrics[0].Containers[0]; m.Container.ID != c || m.Stats.Details == nil || m.Writable.Bytes != 4096 || m.Disk.Device == "" {
+			t.Errorf("metrics of the container %+v", m)
+		}
 		info := r.m.Info(c)
 		for _, k := range []string{"pid", "runtimeSpec", "netns", "cgroup", "config", "sandboxID", "rootfs"} {
 			if info[k] == nil {
@@ -330,7 +337,15 @@ func TestStatsAndInfo(t *testing.T) {
 		if l := r.m.ListContainerStats(ctx, pod.Filter{}); len(l) != 0 {
 			t.Errorf("list %v", l)
 		}
+		r.w.FailOn("Executor.DetailedStats", -1, errors.New("gone"))
+		r.w.FailOn("Sandboxes.Stats", -1, errors.New("gone"))
+		if l := r.m.ListSandboxMetrics(ctx); len(l) != 1 || len(l[0].Containers) != 0 || len(l[0].Interfaces) != 0 {
+			t.Errorf("metrics %v", l)
+		}
 		r.ok(r.m.StopSandbox(ctx, p))
+		if l := r.m.ListSandboxMetrics(ctx); len(l) != 0 {
+			t.Errorf("metrics of a stopped pod: %v", l)
+		}
 		if l := r.m.ListSandboxStats(ctx, pod.Filter{}); len(l) != 0 {
 			t.Errorf("stats of a stopped pod: %v", l)
 		}

@@ -15,9 +15,19 @@ func (m *Manager) ContainerStats(ctx context.Context, id string) (*ContainerStat
 	if err != nil {
 		return nil, err
 	}
+	return m.readContainer(ctx, s, m.deps.Executor.Stats)
+}
+
+// readContainer reads a container's cgroup, while it runs, and its writable layer.
+func (m *Manager) readContainer(ctx context.Context, s *Container, read func(ctx context.Context, cgroup string) (*runtime.Stats, error)) (*ContainerStats, error) {
 	out := &ContainerStats{Container: s, WritableMountpoint: m.cfg.WritableMountpoint}
+	var err error
 	if s.State == StateRunning {
-		if out.Stats, err = m.cgroupStats(ctx, s); err != nil {
+		c := m.table.container(s.ID)
+		if c == nil {
+			return nil, errs.New(errs.NotFound, "read stats of container %s: it is removed", short(s.ID))
+		}
+		if out.Stats, err = read(ctx, c.cgroup); err != nil {
 			return nil, fmt.Errorf("read stats of container %s: %w", short(s.ID), err)
 		}
 	}
@@ -25,14 +35,6 @@ func (m *Manager) ContainerStats(ctx context.Context, id string) (*ContainerStat
 		m.log(ctx).V(3).Info("usage of a writable layer is not known", "id", s.ID, "err", err)
 	}
 	return out, nil
-}
-
-func (m *Manager) cgroupStats(ctx context.Context, s *Container) (*runtime.Stats, error) {
-	c := m.table.container(s.ID)
-	if c == nil {
-		return nil, errs.New(errs.NotFound, "it is removed")
-	}
-	return m.deps.Executor.Stats(ctx, c.cgroup)
 }
 
 // ListContainerStats reads the running containers that match. One that ends
@@ -75,11 +77,7 @@ func (m *Manager) SandboxStats(ctx context.Context, id string) (*SandboxStats, e
 			return nil, fmt.Errorf("read stats of pod %s: %w", short(s.ID), err)
 		}
 	}
-	if s.Ready() && s.Handle != nil {
-		if out.Interfaces, err = m.deps.Sandboxes.Stats(ctx, s.Handle); err != nil {
-			m.log(ctx).V(3).Info("network stats are left out", "id", s.ID, "err", err)
-		}
-	}
+	out.Interfaces = m.interfaces(ctx, s)
 	if out.Stats != nil && out.Stats.Pids != nil {
 		out.Processes = out.Stats.Pids.Current
 		return out, nil
@@ -107,6 +105,50 @@ func (m *Manager) ListSandboxStats(ctx context.Context, f Filter) []*SandboxStat
 		} else {
 			m.log(ctx).V(3).Info("stats are left out", "id", p.ID, "err", err)
 		}
+	}
+	return out
+}
+
+func (m *Manager) interfaces(ctx context.Context, p *Pod) []Interface {
+	if !p.Ready() || p.Handle == nil {
+		return nil
+	}
+	list, err := m.deps.Sandboxes.Stats(ctx, p.Handle)
+	if err != nil {
+		m.log(ctx).V(3).Info("network stats are left out", "id", p.ID, "err", err)
+	}
+	return list
+}
+
+// ListSandboxMetrics reads the ready pods as metrics show them: interfaces, and
+// the running containers with details. It is the samples of the statistics that
+// are read, and what they lack. Whatever ends meanwhile is left out.
+func (m *Manager) ListSandboxMetrics(ctx context.Context) []*SandboxStats {
+	disk, err := m.deps.Images.Disk()
+	if err != nil {
+		m.log(ctx).Error(err, "Metrics lack the size of the disk")
+	}
+	var out []*SandboxStats
+	for _, p := range m.table.listPods(Filter{}) {
+		if ctx.Err() != nil {
+			break
+		}
+		if !p.Ready() {
+			continue
+		}
+		s := &SandboxStats{Pod: p, Interfaces: m.interfaces(ctx, p)}
+		for _, c := range m.table.listContainers(Filter{PodID: p.ID, State: string(StateRunning)}) {
+			cs, err := m.readContainer(ctx, c, func(ctx context.Context, cgroup string) (*runtime.Stats, error) {
+				return m.deps.Executor.DetailedStats(ctx, cgroup, c.PID)
+			})
+			if err != nil {
+				m.log(ctx).V(3).Info("metrics are left out", "id", c.ID, "err", err)
+				continue
+			}
+			cs.Disk = disk
+			s.Containers = append(s.Containers, cs)
+		}
+		out = append(out, s)
 	}
 	return out
 }

@@ -44,6 +44,10 @@ type (
 	IOStats       = runtime.IOStats
 	PSI           = runtime.PSI
 	PSILine       = runtime.PSILine
+	Details       = runtime.Details
+	HugetlbStats  = runtime.HugetlbStats
+	PidsStats     = runtime.PidsStats
+	IODevice      = runtime.IODevice
 )
 
 // Values of those types, likewise.
@@ -220,12 +224,13 @@ type ContainerStats struct {
 	Writable  images.Usage
 	// WritableMountpoint is the mount point of the file system of the writable layer.
 	WritableMountpoint string
+	Disk               images.Disk // that file system; in metrics only
 }
 
 // SandboxStats is one reading of a pod: its cgroup, interfaces and containers.
 type SandboxStats struct {
 	Pod        *Pod
-	Stats      *runtime.Stats // of the pod's cgroup
+	Stats      *runtime.Stats // of the pod's cgroup; not in metrics, which are those of its parts
 	Interfaces []sandbox.Interface
 	Processes  uint64
 	Containers []*ContainerStats

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -223,6 +224,17 @@ func (x executor) Stats(ctx context.Context, cgroup string) (s *runtime.Stats, e
 	return s, err
 }
 
+func (x executor) DetailedStats(ctx context.Context, cgroup string, first int) (s *runtime.Stats, err error) {
+	err = x.l.call(ctx, "Executor.DetailedStats", func() error {
+		if !slices.ContainsFunc(slices.Collect(maps.Values(x.l.w.processes)), func(p *Process) bool { return p.Cgroup == cgroup && p.PID == first }) {
+			return mustErr("process %d is not the first one of cgroup %s", first, cgroup)
+		}
+		s = &runtime.Stats{Time: time.Now(), CPU: &runtime.CPUStats{Usage: 1}, Details: &runtime.Details{Time: time.Now(), Processes: 3, HasProcesses: true}}
+		return nil
+	})
+	return s, err
+}
+
 type sandboxes struct{ l *Life }
 
 func (s sandboxes) Create(ctx context.Context, spec sandbox.Spec, step func(string)) (h *sandbox.Handle, err error) {
@@ -268,7 +280,7 @@ func (s sandboxes) Release(ctx context.Context, id string, _ *sandbox.Handle) er
 
 func (s sandboxes) Stats(ctx context.Context, _ *sandbox.Handle) (out []sandbox.Interface, err error) {
 	err = s.l.call(ctx, "Sandboxes.Stats", func() error {
-		out = []sandbox.Interface{{Name: "eth0", RxBytes: 5}}
+		out = []sandbox.Interface{{Name: "eth0", RxBytes: 5, Time: time.Now()}}
 		return nil
 	})
 	return out, err
@@ -376,6 +388,10 @@ func (s store) WritableUsage(ctx context.Context, id string) (u images.Usage, er
 		return nil
 	})
 	return u, err
+}
+
+func (s store) Disk() (images.Disk, error) {
+	return images.Disk{Device: "/dev/disk", Bytes: 1 << 30, Time: time.Now()}, nil
 }
 
 func (s store) Sweep(ctx context.Context, known map[string]bool) error {
