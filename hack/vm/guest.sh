@@ -24,6 +24,7 @@ part_critest() { PARALLEL=2 LEAST=105 REPORT=/vm/out/critest.xml "$tree/hack/cri
 part_units() {
 	local t name rc=0
 	install -m 0755 "$tree/hack/vm/go-in-guest.sh" /usr/local/bin/go
+	sysctl -qw vm.nr_hugepages=4 # for the test of the metrics of huge pages
 	for t in "$tree"/tests/*.test; do
 		name=$(basename "$t" .test)
 		(cd "$tree/${name//__//}" && "$t" -test.timeout 20m) >"/var/tmp/$name.log" 2>&1

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <limits.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
@@ -26,6 +27,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef MAP_HUGE_SHIFT
+#define MAP_HUGE_SHIFT 26
+#endif
 #ifndef RENAME_EXCHANGE
 #define RENAME_EXCHANGE 2
 #endif
@@ -645,6 +649,61 @@ static int kind(int argc, char **argv)
 	return 0;
 }
 
+static void *sleep_on(void *arg)
+{
+	for (;;)
+		pause();
+	return arg;
+}
+
+/*
+ * hold FILE MIB: has some of everything that is counted, and stays: anonymous
+ * memory, a mapped file, a huge page, 40 descriptors, 20 pairs of sockets, 5 processes, 6
+ * threads.
+ */
+static int hold(int argc, char **argv)
+{
+	size_t n = strtoul(argv[2], NULL, 10) << 20, i;
+	int fd = open(argv[1], O_RDONLY), pair[2];
+	char *mem = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	volatile char *file;
+	struct stat st;
+	pthread_t t;
+
+	if (fd < 0 || fstat(fd, &st) || mem == MAP_FAILED)
+		return 65;
+	/* Read from the disk, not from the cache: that is a major fault. */
+	posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+	file = mmap(NULL, st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+	if (file == MAP_FAILED)
+		return 65;
+	madvise((void *)file, st.st_size, MADV_RANDOM);
+	for (i = 0; i < n; i += 4096)
+		mem[i] = 1;
+	for (i = 0; i < st.st_size; i += 4096)
+		(void)file[i];
+	/* A huge page, where the machine has one to spare. */
+	mem = mmap(NULL, 2 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | 21 << MAP_HUGE_SHIFT, -1, 0);
+	if (mem != MAP_FAILED)
+		mem[0] = 1;
+	for (i = 0; i < 4; i++)
+		if (fork() == 0)
+			sleep_on(NULL);
+	for (i = 0; i < 5; i++)
+		if (pthread_create(&t, NULL, sleep_on, NULL))
+			return 66;
+	for (i = 0; i < 40; i++)
+		if (dup(fd) < 0)
+			return 67;
+	for (i = 0; i < 20; i++)
+		if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair))
+			return 68;
+	printf("holding\n");
+	fflush(stdout);
+	sleep_on(NULL);
+	return 0;
+}
+
 struct tool {
 	const char *name;
 	int (*run)(int argc, char **argv);
@@ -653,6 +712,7 @@ struct tool {
 static const struct tool tools[] = {
 	{ "fds", fds }, { "ids", ids }, { "place", place }, { "stay", place_and_stay }, { "probe", probe }, { "watch", watch },
 	{ "grabexe", grabexe }, { "swap", swap }, { "swapwork", swapwork }, { "walk", walk }, { "hog", hog }, { "kind", kind },
+	{ "hold", hold },
 	{ NULL, NULL },
 };
 
