@@ -48,6 +48,7 @@ kubelet_config() {
 	containerRuntimeEndpoint: $endpoint
 	podLogsDir: $work/podlogs
 	cgroupRoot: /$run_name-pods
+	featureGates: {PodAndContainerStatsFromCRI: $([ "${PEER:-naru}" = naru ] && echo true || echo false)}
 	failCgroupV1: false
 	enforceNodeAllocatable: []
 	fileCheckFrequency: 1s
@@ -94,6 +95,12 @@ container() { crictl ps -a --name "^$1\$" -q | head -1; }
 pods() { in_ns curl -sS --max-time 5 http://127.0.0.1:10255/pods; }
 ready() { pods | tr '{' '\n' | grep '"type":"Ready"' | grep -q "\"status\":\"$1\""; }
 restarted() { pods | grep -q '"restartCount":1'; }
+# metric NAME PART... finds a sample of that name with all parts among its labels.
+metric() {
+	local part samples
+	samples=$(kubelet_get /metrics/cadvisor | grep "^$1{") || return
+	for part in "${@:2}"; do samples=$(grep -F -- "$part" <<<"$samples") || return; done
+}
 kubelet_get() { in_ns curl -sSk --max-time 10 "https://127.0.0.1:10250$1"; }
 
 ok() { printf '%sok%s %6.2f s  %s\n' "$green" "$plain" "$(since "$begun")" "$*"; }
@@ -151,6 +158,12 @@ try "the kubelet serves the second run's log" has "second run" kubelet_get "$log
 try "and the first run's" has "first run" kubelet_get "$logs?previous=true"
 try "the kubelet runs a command in the container" has smoke in_ns curl -sSk --max-time 10 -X POST "https://127.0.0.1:10250/run/default/smoke-naru-smoke/twice?cmd=cat%20/info/name"
 try "the kubelet's statistics know the pod's containers" wait_for 30 has '"name": "twice"' kubelet_get /stats/summary
+if [ "${PEER:-naru}" = naru ]; then
+	labels='namespace="default",pod="smoke-naru-smoke"'
+	try "its metrics have the container's memory, with labels" wait_for 30 metric container_memory_working_set_bytes 'container="web"' 'image="localhost/demo/nginx:1"' "$labels"
+	try "and the pod's network" metric container_network_receive_bytes_total 'container="POD"' 'interface="eth0"' "$labels"
+	try "and the container's sockets" metric container_sockets 'container="web"' "$labels"
+fi
 try "nothing but the restart happened (no other restart of nginx)" has '"restartCount":0' pods
 rm "$work/manifests/smoke.yaml"
 gone() { [ -z "$(crictl ps -q)" ]; }
