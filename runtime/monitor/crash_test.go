@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime/monitor"
 )
 
@@ -173,7 +174,7 @@ func TestKillWorkerDuringCalls(t *testing.T) {
 			case <-stop:
 				killed <- count
 				return
-			case <-time.After(time.Duration(5000+rand.IntN(30000)) * time.Microsecond):
+			case <-time.After(testhost.Limit(time.Duration(5000+rand.IntN(30000)) * time.Microsecond)):
 			}
 			if info, err := n.c.Info(n.ctx); err == nil {
 				_ = unix.Kill(info.WorkerPID, unix.SIGKILL)
@@ -182,7 +183,7 @@ func TestKillWorkerDuringCalls(t *testing.T) {
 		}
 	}()
 	tries, lost, started := 0, 0, 0
-	for end := time.Now().Add(4 * time.Second); time.Now().Before(end); {
+	for end := time.Now().Add(testhost.Limit(4 * time.Second)); time.Now().Before(end); {
 		tries++
 		c, err := n.tryCreate(spec{args: []string{"exec sleep 1000"}, hold: true})
 		if errs.Is(err, errs.Unavailable) {
@@ -270,8 +271,10 @@ func TestUpgrade(t *testing.T) {
 	if n.workerPID() != worker || !alive(keeper) || parentOf(t, worker) != keeper || parentOf(t, chat.pid) != keeper {
 		t.Error("the worker or the container noticed")
 	}
-	if got := strings.Count(n.keeperLog(), "keeper runs, pid "+itoa(keeper)); got != 11 {
-		t.Errorf("the keeper began %d times, want 11", got)
+	began := func() int { return strings.Count(n.keeperLog(), "keeper runs, pid "+itoa(keeper)) }
+	n.eventually("the keeper's eleventh beginning", func() bool { return began() >= 11 })
+	if began() != 11 {
+		t.Errorf("the keeper began %d times, want 11", began())
 	}
 	// The next worker comes from the new program and finds everything.
 	if err := n.c.RestartWorker(n.ctx); err != nil {
@@ -304,10 +307,9 @@ func countFDs(t testing.TB, pid int) int {
 }
 
 // TestKillKeeper: containers and logs go on, the next keeper adopts them, and
-// their exits are exact.
+// their exits are exact where the kernel tells them, else exact or unknown.
 func TestKillKeeper(t *testing.T) {
-	var u unix.Utsname
-	_ = unix.Uname(&u)
+	told := testhost.TellsExits(t)
 	n := newNode(t)
 	chat := n.run(chatter(t))
 	late := n.run(spec{args: []string{"read x; exit 33"}})
@@ -354,8 +356,12 @@ func TestKillKeeper(t *testing.T) {
 	}()
 	exits := n.wait(chat.id, late.id, early.id, held.id, gone.id)
 	for c, status := range map[*container]int{chat: 7, late: 33, early: 34, held: 35, gone: 36} {
-		if x := exits[c.id]; x.Status != status || x.Unknown {
-			t.Errorf("exit %+v, want %d (kernel %s)", x, status, unix.ByteSliceToString(u.Release[:]))
+		x := exits[c.id]
+		if unknown := x.Unknown && x.Status == 255 && c != gone; unknown && !told {
+			continue
+		}
+		if x.Status != status || x.Unknown {
+			t.Errorf("exit %+v, want %d (the kernel tells exits: %v)", x, status, told)
 		}
 	}
 	t.Logf("%d lines", checkChatter(t, chat))

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/plan"
 )
@@ -97,7 +98,7 @@ type node struct {
 
 func newNode(t testing.TB) *node {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(5*time.Minute))
 	t.Cleanup(cancel)
 	n := &node{t: t, dir: filepath.Join(t.TempDir(), "monitor"), bin: binary, ctx: ctx}
 	var err error
@@ -126,7 +127,7 @@ func (n *node) connect() {
 
 func (n *node) client() *monitor.Client {
 	n.t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(testhost.Limit(20 * time.Second)); ; time.Sleep(5 * time.Millisecond) {
 		c, err := monitor.Connect(n.ctx, monitor.Socket(n.dir))
 		if err == nil {
 			return c
@@ -144,7 +145,7 @@ func (n *node) keeperLog() string {
 
 // stop deletes every container and ends the keeper.
 func (n *node) stop() {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(30*time.Second))
 	defer cancel()
 	entries, err := n.c.List(ctx)
 	if err != nil {
@@ -164,7 +165,7 @@ func (n *node) stop() {
 		if err != nil {
 			n.t.Errorf("keeper: %v", err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(testhost.Limit(10 * time.Second)):
 		n.t.Error("the keeper did not end on SIGTERM without containers")
 		_ = n.cmd.Process.Kill()
 	}
@@ -335,7 +336,7 @@ func (n *node) wait(ids ...string) map[string]monitor.Exit {
 	for _, id := range ids {
 		want[id] = true
 	}
-	timeout := time.After(60 * time.Second)
+	timeout := time.After(testhost.Limit(60 * time.Second))
 	for len(want) > 0 {
 		select {
 		case x, ok := <-n.c.Exits():
@@ -359,6 +360,17 @@ func (n *node) wait(ids ...string) map[string]monitor.Exit {
 func (c *container) logText(stream string) string {
 	c.n.t.Helper()
 	return logText(c.n.t, c.logPath, stream)
+}
+
+// rawLog is the log as it is now: one that is being written may end in a half
+// record, which logText would object to.
+func (c *container) rawLog() []byte {
+	c.n.t.Helper()
+	p, err := os.ReadFile(c.logPath)
+	if err != nil {
+		c.n.t.Fatal(err)
+	}
+	return p
 }
 
 func logText(t testing.TB, path, stream string) string {
@@ -412,7 +424,7 @@ func (n *node) killWorker() {
 
 func (n *node) eventually(what string, f func() bool) {
 	n.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(testhost.Limit(20 * time.Second)); !f(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
 			n.t.Fatalf("waited too long for %s\n%s", what, n.keeperLog())
 		}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/plan"
 )
@@ -246,7 +247,7 @@ func TestTwoClients(t *testing.T) {
 	}
 	for who, cl := range []*monitor.Client{n.c, other} {
 		seen := map[string]monitor.Exit{}
-		timeout := time.After(20 * time.Second)
+		timeout := time.After(testhost.Limit(20 * time.Second))
 		for len(seen) < len(ids) {
 			select {
 			case x := <-cl.Exits():

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/plan"
 )
@@ -117,7 +118,7 @@ func TestAttach(t *testing.T) {
 // neither the log nor others.
 func TestSlowAttacher(t *testing.T) {
 	n := newNode(t)
-	const total = 20 << 20
+	total := (20 << 20) / testhost.Factor()
 	c := n.run(spec{args: []string{fmt.Sprintf("read x; head -c %d /dev/zero | tr '\\0' x; echo; read x", total)}})
 	slow, _ := n.attach(c, false)
 	fast, _ := n.attach(c, true)
@@ -135,7 +136,10 @@ func TestSlowAttacher(t *testing.T) {
 	if d := time.Since(start); d > 4*time.Second {
 		t.Errorf("the slow reader held up the fast one for %v", d)
 	}
-	n.eventually("the log", func() bool { return len(c.logText("stdout")) == total+1 })
+	n.eventually("the log", func() bool { return bytes.Count(c.rawLog(), []byte(" F ")) == 1 })
+	if got := len(c.logText("stdout")); got != total+1 {
+		t.Errorf("%d bytes are in the log, want %d", got, total+1)
+	}
 	if d := time.Since(start); d > 4*time.Second {
 		t.Errorf("the slow reader held up the log for %v", d)
 	}
@@ -223,21 +227,21 @@ func TestHungLogs(t *testing.T) {
 		}
 		p.Close()
 	}
-	if d := time.Since(start); d > 10*time.Second {
+	if d := time.Since(start); d > testhost.Limit(10*time.Second) {
 		t.Errorf("10 containers and execs beside hung logs took %v", d)
 	}
 	// The exit of one with a hung log is told too, a drain time later.
 	begin := time.Now()
 	_ = unix.PidfdSendSignal(int(hung[0].pidfd.Fd()), unix.SIGKILL, nil, 0)
 	n.wait(hung[0].id)
-	if d := time.Since(begin); d > 4*time.Second {
+	if d := time.Since(begin); d > testhost.Limit(4*time.Second) {
 		t.Errorf("exit with a hung log after %v", d)
 	}
 	begin = time.Now()
 	if err := n.c.Delete(n.ctx, hung[0].id); err != nil {
 		t.Errorf("delete with a hung log: %v", err)
 	}
-	if d := time.Since(begin); d > 5*time.Second {
+	if d := time.Since(begin); d > testhost.Limit(5*time.Second) {
 		t.Errorf("delete with a hung log took %v", d)
 	}
 	// Unhang them, so that the test can end.
@@ -373,7 +377,7 @@ func TestTerminal(t *testing.T) {
 		t.Fatalf("%+v %v", files, err)
 	}
 	_, _ = files.Pty.WriteString("hello\n")
-	n.eventually("the lines", func() bool { return strings.Contains(c.logText("stdout"), "line 1999\r\n") })
+	n.eventually("the lines", func() bool { return bytes.HasSuffix(c.rawLog(), []byte("line 1999\r\n")) })
 	n.killWorker()
 	_, _ = files.Pty.WriteString("\n")
 	files.Close()
@@ -402,7 +406,7 @@ func TestDescendantsAreLogged(t *testing.T) {
 	c := n.run(spec{args: []string{"cd " + dir + "; sh -c '" + script + "' & while [ ! -s pid ]; do sleep 0.01; done; printf 'no end'; exit 0"}})
 	start := time.Now()
 	n.wait(c.id)
-	if d := time.Since(start); d > 1500*time.Millisecond {
+	if d := time.Since(start); d > testhost.Limit(1500*time.Millisecond) {
 		t.Errorf("the exit took %v although the pipe was empty", d)
 	}
 	if p, _ := os.ReadFile(c.logPath); !bytes.HasSuffix(p, []byte(" stdout P no end\n")) {
@@ -420,7 +424,10 @@ func TestDescendantsAreLogged(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "go"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	n.eventually("the late line", func() bool { return c.logText("stdout") == "no endlate\n" })
+	n.eventually("the late line", func() bool { return bytes.HasSuffix(c.rawLog(), []byte(" F late\n")) })
+	if got := c.logText("stdout"); got != "no endlate\n" {
+		t.Errorf("log %q", got)
+	}
 	if parent := parentOf(t, pid); parent != n.cmd.Process.Pid {
 		t.Errorf("the descendant's parent is %d, not the keeper", parent)
 	}
@@ -429,7 +436,7 @@ func TestDescendantsAreLogged(t *testing.T) {
 // TestThroughput measures a container that writes lines of 100 bytes.
 func TestThroughput(t *testing.T) {
 	n := newNode(t)
-	const size = 512 << 20
+	size := (512 << 20) / testhost.Factor()
 	c := n.run(spec{args: []string{fmt.Sprintf("read x; yes %s | head -c %d", strings.Repeat("l", 99), size)}})
 	start := time.Now()
 	_, _ = c.stdin.WriteString("\n")
@@ -441,7 +448,7 @@ func TestThroughput(t *testing.T) {
 	}
 	rate := float64(size>>20) / d.Seconds()
 	t.Logf("%.0f MB/s with yes and head before it, log of %d MB", rate, st.Size()>>20)
-	if rate < 50 {
+	if rate < 50/float64(testhost.Factor()) {
 		t.Errorf("%.0f MB/s is slow even for a loaded machine", rate)
 	}
 }

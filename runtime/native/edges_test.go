@@ -16,6 +16,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/namespaces"
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime"
 )
 
@@ -173,7 +174,7 @@ func TestExecSlowReader(t *testing.T) {
 	began := time.Now()
 	var out bytes.Buffer
 	code, err = r.Exec(t.Context(), c, runtime.ExecSpec{Args: []string{"sh", "-c", "echo hi; yes & exit 4"}}, runtime.Streams{Stdout: &out})
-	if err != nil || code != 4 || !strings.HasPrefix(out.String(), "hi\n") || time.Since(began) > 5*time.Second {
+	if err != nil || code != 4 || !strings.HasPrefix(out.String(), "hi\n") || time.Since(began) > testhost.Limit(5*time.Second) {
 		t.Errorf("code %d, %v after %s", code, err, time.Since(began))
 	}
 }
@@ -212,12 +213,12 @@ func TestAttachStdinUnread(t *testing.T) {
 	cancel()
 	select {
 	case <-ended:
-	case <-time.After(3 * time.Second):
+	case <-time.After(testhost.Limit(3 * time.Second)):
 		t.Fatal("attach did not end")
 	}
 	_ = in.Close()
 	<-wrote
-	deadline := time.Now().Add(3 * time.Second)
+	deadline := time.Now().Add(testhost.Limit(3 * time.Second))
 	for {
 		buf := make([]byte, 1<<20)
 		all := string(buf[:goruntime.Stack(buf, true)])

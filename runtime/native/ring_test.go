@@ -20,6 +20,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/namespaces"
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime"
 	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/monitor"
@@ -188,8 +189,8 @@ func (r *ring) exit(c *runtime.Container) runtime.Exit {
 			if e.ID == c.ID {
 				return e
 			}
-		case <-time.After(10 * time.Second):
-			r.t.Fatal("no exit within 10 s")
+		case <-time.After(testhost.Limit(10 * time.Second)):
+			r.t.Fatal("no exit in time")
 		}
 	}
 }
@@ -259,7 +260,7 @@ func TestExecSync(t *testing.T) {
 	}
 	began := time.Now()
 	_, err = r.ExecSync(t.Context(), c, runtime.ExecSpec{Args: []string{"sh", "-c", "sleep 1000 & sleep 1000"}, Timeout: time.Second})
-	if !errs.Is(err, errs.DeadlineExceeded) || time.Since(began) > 3*time.Second {
+	if !errs.Is(err, errs.DeadlineExceeded) || time.Since(began) > testhost.Limit(3*time.Second) {
 		t.Errorf("timeout: %v after %s", err, time.Since(began))
 	}
 	res, err = r.ExecSync(t.Context(), c, runtime.ExecSpec{Args: []string{"ps"}})
@@ -268,7 +269,7 @@ func TestExecSync(t *testing.T) {
 	}
 	began = time.Now()
 	res, err = r.ExecSync(t.Context(), c, runtime.ExecSpec{Args: []string{"sh", "-c", "sleep 1000 & echo hi"}})
-	if err != nil || string(res.Stdout) != "hi\n" || time.Since(began) > 3*time.Second {
+	if err != nil || string(res.Stdout) != "hi\n" || time.Since(began) > testhost.Limit(3*time.Second) {
 		t.Errorf("background child: %+v %v after %s", res, err, time.Since(began))
 	}
 	res, err = r.ExecSync(t.Context(), c, runtime.ExecSpec{Args: []string{"head", "-c", "20000000", "/dev/zero"}})

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime"
 )
 
@@ -196,7 +197,7 @@ func TestAccountsTooLarge(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			start := time.Now()
 			refused(t, errs.FailedPrecondition, func(in *Input) { in.Root = writeRoot(t, c.passwd, c.group) })
-			if d := time.Since(start); d > 2*time.Second {
+			if d := time.Since(start); d > testhost.Limit(2*time.Second) {
 				t.Errorf("took %v", d)
 			}
 		})
