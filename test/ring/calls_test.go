@@ -13,6 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // PodConfig is the request for a plain pod, with a name of its own.
@@ -151,7 +153,7 @@ func (n *Node) ExecErr(t testing.TB, id string, cmd ...string) (*criv1.ExecSyncR
 // ExecTimeout is ExecSync with a timeout in seconds.
 func (n *Node) ExecTimeout(t testing.TB, id string, seconds int64, cmd ...string) (*criv1.ExecSyncResponse, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), callTime)
+	ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(callTime))
 	defer cancel()
 	return n.Runtime.ExecSync(ctx, &criv1.ExecSyncRequest{ContainerId: id, Cmd: cmd, Timeout: seconds})
 }

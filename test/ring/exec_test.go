@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // TestX01_SwappedWorkingDir makes a running container's working directory a
@@ -234,7 +236,7 @@ func TestX04_BackgroundChildHoldsStdout(t *testing.T) {
 		if err != nil || string(r.Stdout) != "hi\n" || r.ExitCode != 0 {
 			t.Errorf("timeout %d: %v %v", timeout, r, err)
 		}
-		if took := time.Since(begin); took > slow(5*time.Second) {
+		if took := time.Since(begin); took > testhost.Limit(5*time.Second) {
 			t.Errorf("timeout %d: the answer took %v", timeout, took)
 		}
 	}
@@ -278,7 +280,7 @@ func TestX05_ExecTimeout(t *testing.T) {
 			if status.Code(err) != codes.DeadlineExceeded {
 				t.Errorf("%s: %v %v", what, r, err)
 			}
-			if took := time.Since(begin); took > time.Duration(seconds)*time.Second+slow(3*time.Second) {
+			if took := time.Since(begin); took > time.Duration(seconds)*time.Second+testhost.Limit(3*time.Second) {
 				t.Errorf("%s: took %v", what, took)
 			}
 			eventually(t, 5*time.Second, what+": the end of all its processes", func() bool {

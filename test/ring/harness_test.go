@@ -33,6 +33,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // stageEnv tells the second run of the test binary, inside the namespaces.
@@ -292,7 +294,7 @@ func takeStock() stock {
 // leaks lists what there is now and was not there before. What only takes a
 // moment to go gets that moment.
 func (s stock) leaks() (left []string) {
-	for end := time.Now().Add(3 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(testhost.Limit(3 * time.Second)); ; time.Sleep(50 * time.Millisecond) {
 		left = s.leaksNow()
 		if len(left) == 0 || time.Now().After(end) {
 			return left
@@ -370,19 +372,10 @@ func newID() string {
 	return hex.EncodeToString(b[:])
 }
 
-// slow stretches a time limit by as much as this machine is slower than usual
-// (NARU_SLOW).
-func slow(limit time.Duration) time.Duration {
-	if n, err := strconv.Atoi(os.Getenv("NARU_SLOW")); err == nil && n > 1 {
-		return limit * time.Duration(n)
-	}
-	return limit
-}
-
 // eventually polls until f holds.
 func eventually(t testing.TB, limit time.Duration, what string, f func() bool) {
 	t.Helper()
-	limit = slow(limit)
+	limit = testhost.Limit(limit)
 	for end := time.Now().Add(limit); !f(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("waited %v for %s", limit, what)
@@ -417,7 +410,7 @@ func (p *process) end(sig os.Signal, limit time.Duration) bool {
 	select {
 	case <-p.done:
 		return true
-	case <-time.After(limit):
+	case <-time.After(testhost.Limit(limit)):
 	}
 	_ = p.cmd.Process.Signal(syscall.SIGQUIT) // stacks go to the log
 	time.Sleep(200 * time.Millisecond)
@@ -451,7 +444,7 @@ func tail(path string, n int64) string {
 
 // within gives a context that ends with the test or after limit.
 func within(t testing.TB, limit time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), slow(limit))
+	ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(limit))
 	t.Cleanup(cancel)
 	return ctx
 }

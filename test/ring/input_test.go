@@ -16,6 +16,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // rpcs calls f for every RPC of the protocol.
@@ -43,7 +45,7 @@ func emptyMessage(t testing.TB, d protoreflect.MessageDescriptor) proto.Message 
 // callRPC makes one call and reads its answer to the end.
 func (n *Node) callRPC(t testing.TB, path string, m protoreflect.MethodDescriptor, req proto.Message) error {
 	t.Helper()
-	limit := 10 * time.Second
+	limit := testhost.Limit(10 * time.Second)
 	if m.Name() == "GetContainerEvents" { // goes on until the caller ends it
 		limit = 100 * time.Millisecond
 	}

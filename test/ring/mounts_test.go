@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // kinds reads what evil kind printed: path → type, device, readable bytes.
@@ -385,7 +387,7 @@ func TestM09_ImageVolumes(t *testing.T) {
 		}
 	}
 	t.Logf("10000 VOLUMEs: %v, %v", time.Since(begin), err)
-	if time.Since(begin) > slow(20*time.Second) {
+	if time.Since(begin) > testhost.Limit(20*time.Second) {
 		t.Error("10000 VOLUMEs keep the runtime busy")
 	}
 }

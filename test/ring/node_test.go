@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime/monitor"
 )
 
@@ -197,7 +198,7 @@ func (n *Node) WaitReady() {
 		if n.daemon.ended() {
 			n.t.Fatalf("the daemon ended: %v\n%s", n.daemon.err, tail(n.Dir+"/naru.log", 4000))
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(2*time.Second))
 		defer cancel()
 		s, err := n.Runtime.Status(ctx, &criv1.StatusRequest{})
 		return err == nil && !slices.ContainsFunc(s.Status.Conditions, func(c *criv1.RuntimeCondition) bool { return !c.Status })
@@ -290,7 +291,7 @@ func (n *Node) monitor() *monitor.Client {
 }
 
 func (n *Node) info() (monitor.Info, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(2*time.Second))
 	defer cancel()
 	if n.conn == nil {
 		c, err := monitor.Connect(ctx, monitor.Socket(n.RunDir+"/monitor"))
@@ -412,7 +413,7 @@ func (n *Node) endOtherKeepers() {
 	for _, pid := range running() {
 		_ = unix.Kill(pid, unix.SIGTERM)
 	}
-	for end := time.Now().Add(10 * time.Second); len(running()) > 0 && time.Now().Before(end); {
+	for end := time.Now().Add(testhost.Limit(10 * time.Second)); len(running()) > 0 && time.Now().Before(end); {
 		time.Sleep(20 * time.Millisecond)
 	}
 	if pids := running(); len(pids) > 0 {
@@ -425,7 +426,7 @@ func (n *Node) removeAll() {
 	if n.daemon.ended() {
 		n.StartDaemon()
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), callTime)
+	ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(callTime))
 	defer cancel()
 	list, err := n.Runtime.ListPodSandbox(ctx, &criv1.ListPodSandboxRequest{})
 	if err != nil {
@@ -449,7 +450,7 @@ func (n *Node) removePod(ctx context.Context, id string) error {
 
 // leftovers lists what a node without pods must not have.
 func (n *Node) leftovers() (left []string) {
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(testhost.Limit(5 * time.Second)); ; time.Sleep(20 * time.Millisecond) {
 		if left = n.leftoversNow(); len(left) == 0 || time.Now().After(end) {
 			return left
 		}
@@ -486,7 +487,7 @@ func (n *Node) leftoversNow() (left []string) {
 		}
 	}
 	if n.conn != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(5*time.Second))
 		defer cancel()
 		list, err := n.conn.List(ctx)
 		if err != nil {

@@ -26,6 +26,7 @@ import (
 	"k8s.io/streaming/pkg/httpstream/spdy"
 
 	"github.com/naru-project/naru/internal/sys"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // shell sets a script as the container's command.
@@ -134,12 +135,12 @@ func (n *Node) inPod(t testing.TB, pod string, f func() error) {
 
 // fetch reads what a TCP server says.
 func fetch(addr string) (string, error) {
-	c, err := net.DialTimeout("tcp", addr, 3*time.Second)
+	c, err := net.DialTimeout("tcp", addr, testhost.Limit(3*time.Second))
 	if err != nil {
 		return "", err
 	}
 	defer func() { _ = c.Close() }()
-	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(testhost.Limit(5 * time.Second)))
 	b, err := io.ReadAll(c)
 	return string(b), err
 }
@@ -155,7 +156,7 @@ func wantFetch(t testing.TB, addr, word string) {
 	t.Helper()
 	var got string
 	var err error
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(testhost.Limit(5 * time.Second)); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if got, err = fetch(addr); err == nil && strings.TrimSpace(got) == word {
 			return
 		}
@@ -163,9 +164,20 @@ func wantFetch(t testing.TB, addr, word string) {
 	t.Errorf("%s says %q, %v; want %q", addr, got, err, word)
 }
 
-// cgroupFile reads a file of the container's cgroup, version 1.
-func (n *Node) cgroupFile(t testing.TB, id, controller, file string) string {
+// cgroupV2 tells whether this machine has cgroup version 2 alone.
+func cgroupV2() bool {
+	_, err := os.Stat("/sys/fs/cgroup/cgroup.controllers")
+	return err == nil
+}
+
+// cgroupFile reads a file of the container's cgroup; v1 is the hierarchy and
+// the file of version 1, v2 the file of version 2.
+func (n *Node) cgroupFile(t testing.TB, id, v1, v2 string) string {
 	t.Helper()
+	controller, file, _ := strings.Cut(v1, "/")
+	if cgroupV2() {
+		file = v2
+	}
 	b, err := os.ReadFile(filepath.Join(cgroupOf(t, n.PID(t, id), controller), file))
 	if err != nil {
 		t.Fatal(err)
@@ -173,7 +185,15 @@ func (n *Node) cgroupFile(t testing.TB, id, controller, file string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// cgroupOf is the folder of a process's cgroup in the hierarchy of a version 1
+// cgroupTop is the mount point of the hierarchy that has the controller.
+func cgroupTop(controller string) string {
+	if cgroupV2() {
+		return "/sys/fs/cgroup"
+	}
+	return "/sys/fs/cgroup/" + controller
+}
+
+// cgroupOf is the folder of a process's cgroup in the hierarchy that has the
 // controller.
 func cgroupOf(t testing.TB, pid int, controller string) string {
 	t.Helper()
@@ -181,15 +201,19 @@ func cgroupOf(t testing.TB, pid int, controller string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	want := controller
+	if cgroupV2() {
+		want = "" // 0::/path
+	}
 	for line := range strings.Lines(string(b)) {
 		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
 		for name := range strings.SplitSeq(f[1], ",") {
-			if name == controller {
-				return filepath.Join("/sys/fs/cgroup", controller, f[2])
+			if name == want {
+				return filepath.Join(cgroupTop(controller), f[2])
 			}
 		}
 	}
-	t.Skipf("this machine has no version 1 cgroup controller %s", controller)
+	t.Fatalf("process %d is in no cgroup with the controller %s:\n%s", pid, controller, b)
 	return ""
 }
 
@@ -227,7 +251,7 @@ func (s *sink) ended() bool {
 // waitFor waits until the output holds text.
 func (s *sink) waitFor(t testing.TB, text string) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !strings.Contains(s.String(), text); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(testhost.Limit(10 * time.Second)); !strings.Contains(s.String(), text); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) || s.ended() && !strings.Contains(s.String(), text) {
 			t.Fatalf("the output does not hold %q: %.500q (ended: %v)", text, s.String(), s.ended())
 		}
@@ -365,7 +389,7 @@ func (s *stream) close() {
 // naru runs the command line against the node and returns its output.
 func (n *Node) naru(t testing.TB, args ...string) (string, int) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), testhost.Limit(30*time.Second))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, naruBin, append([]string{"--config", n.Config}, args...)...)
 	out, err := cmd.CombinedOutput()

@@ -9,6 +9,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // ready waits until the container has said so.
@@ -24,7 +26,7 @@ func TestPodStop(t *testing.T) {
 	t.Run("a handler for TERM", func(t *testing.T) {
 		id := n.Run(t, pod, shell("trap 'echo bye; exit 5' TERM; "+idle))
 		n.ready(t, id)
-		if took := n.stop(t, id, 30); took > 5*time.Second {
+		if took := n.stop(t, id, 30); took > testhost.Limit(5*time.Second) {
 			t.Errorf("it took %v", took)
 		}
 		if s := n.Status(t, id); s.ExitCode != 5 || s.Reason != "Error" || n.LogText(t, id) != "ready\nbye\n" || s.FinishedAt < s.StartedAt {
@@ -35,7 +37,7 @@ func TestPodStop(t *testing.T) {
 	t.Run("TERM is ignored", func(t *testing.T) {
 		id := n.Run(t, pod, shell("trap '' TERM; "+idle))
 		n.ready(t, id)
-		if took := n.stop(t, id, 1); took < time.Second || took > 5*time.Second {
+		if took := n.stop(t, id, 1); took < time.Second || took > testhost.Limit(5*time.Second) {
 			t.Errorf("with a grace of 1 s it took %v", took)
 		}
 		if s := n.Status(t, id); s.ExitCode != 137 {
@@ -75,11 +77,11 @@ func TestPodStop(t *testing.T) {
 		n.ready(t, id)
 		first := make(chan error, 1)
 		go func() {
-			_, err := n.Runtime.StopContainer(within(t, callTime), &criv1.StopContainerRequest{ContainerId: id, Timeout: 50})
+			_, err := n.Runtime.StopContainer(within(t, callTime), &criv1.StopContainerRequest{ContainerId: id, Timeout: 500})
 			first <- err
 		}()
 		time.Sleep(200 * time.Millisecond)
-		if took := n.stop(t, id, 0); took > 5*time.Second {
+		if took := n.stop(t, id, 0); took > testhost.Limit(5*time.Second) {
 			t.Errorf("it took %v", took)
 		}
 		if err := <-first; err != nil {
@@ -131,7 +133,7 @@ func cgroupProcs(t testing.TB, pid int) (pids []int) {
 	dir := cgroupOf(t, pid, "memory")
 	for _, p := range allPIDs() {
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", p))
-		if strings.Contains(string(b), strings.TrimPrefix(dir, "/sys/fs/cgroup/memory")) {
+		if strings.Contains(string(b), strings.TrimPrefix(dir, cgroupTop("memory"))) {
 			pids = append(pids, p)
 		}
 	}
@@ -232,7 +234,7 @@ func TestPodExecSync(t *testing.T) {
 		began := time.Now()
 		_, err := n.ExecTimeout(t, id, 1, "/bin/sh", "-c", "sleep 7654 & sleep 7654")
 		wantError(t, err, codes.DeadlineExceeded, "1s")
-		if took := time.Since(began); took < time.Second || took > 4*time.Second {
+		if took := time.Since(began); took < time.Second || took > testhost.Limit(4*time.Second) {
 			t.Errorf("it took %v", took)
 		}
 		if out := n.Sh(t, id, "ps | grep 765[4] | wc -l"); strings.TrimSpace(out) != "0" {
@@ -252,8 +254,8 @@ func TestPodExecSync(t *testing.T) {
 	})
 	t.Run("a child holds the pipe", func(t *testing.T) {
 		began := time.Now()
-		out, _, code := n.Exec(t, id, "/bin/sh", "-c", "sleep 30 & echo started; exit 4")
-		if took := time.Since(began); out != "started\n" || code != 4 || took > 5*time.Second {
+		out, _, code := n.Exec(t, id, "/bin/sh", "-c", "sleep 3000 & echo started; exit 4")
+		if took := time.Since(began); out != "started\n" || code != 4 || took > testhost.Limit(5*time.Second) {
 			t.Errorf("got %q, %d after %v", out, code, took)
 		}
 	})

@@ -18,6 +18,7 @@ import (
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/naru-project/naru/internal/sys"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // Addresses of the wire between the node and the world.
@@ -142,7 +143,7 @@ func askUDP(addr string) error {
 		if _, err = io.WriteString(c, "hello"); err != nil {
 			continue // ICMP error of the one before
 		}
-		_ = c.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		_ = c.SetReadDeadline(time.Now().Add(testhost.Limit(500 * time.Millisecond)))
 		var k int
 		if k, err = c.Read(b); err == nil {
 			if string(b[:k]) != "you said hello" {

@@ -16,37 +16,37 @@ func limits(r *criv1.LinuxContainerResources) func(*criv1.ContainerConfig) {
 	return func(c *criv1.ContainerConfig) { c.Linux.Resources = r }
 }
 
-// needV1 skips where the controllers are those of cgroup version 2.
-func needV1(t *testing.T) {
-	t.Helper()
-	if _, err := os.Stat("/sys/fs/cgroup/memory/memory.limit_in_bytes"); err != nil {
-		if _, err := os.Stat("/sys/fs/cgroup/memory/tasks"); err != nil {
-			t.Skip("this machine has no version 1 memory controller")
-		}
-	}
-}
-
 func TestPodResources(t *testing.T) {
-	needV1(t)
 	n := StartNode(t)
 	pod := n.Pod(t, nil)
 	r := &criv1.LinuxContainerResources{
 		CpuShares: 512, CpuQuota: 50000, CpuPeriod: 100000, MemoryLimitInBytes: 64 << 20, CpusetCpus: "1", CpusetMems: "0", OomScoreAdj: 321,
 	}
 	id := n.Run(t, pod, limits(proto.CloneOf(r)))
-	type file struct{ controller, name, want string }
+	// Where a limit stands and what it is there, with either version.
+	type file struct{ v1, want1, v2, want2 string }
 	check := func(t *testing.T, files ...file) {
 		t.Helper()
 		for _, f := range files {
-			if got := n.cgroupFile(t, id, f.controller, f.name); got != f.want {
-				t.Errorf("%s is %s, want %s", f.name, got, f.want)
+			name, want := f.v1, f.want1
+			if cgroupV2() {
+				name, want = f.v2, f.want2
+			}
+			if got := n.cgroupFile(t, id, f.v1, f.v2); got != want {
+				t.Errorf("%s is %s, want %s", name, got, want)
 			}
 		}
 	}
+	memory := func(mb int) file {
+		return file{"memory/memory.limit_in_bytes", fmt.Sprint(mb << 20), "memory.max", fmt.Sprint(mb << 20)}
+	}
+	cpus := func(list string) file { return file{"cpuset/cpuset.cpus", list, "cpuset.cpus", list} }
+	shares := func(v1, v2 string) file { return file{"cpu/cpu.shares", v1, "cpu.weight", v2} }
+	quota := func(v1, v2 string) file { return file{"cpu/cpu.cfs_quota_us", v1, "cpu.max", v2 + " 100000"} }
 	t.Run("as asked for", func(t *testing.T) {
 		check(t,
-			file{"cpu", "cpu.shares", "512"}, file{"cpu", "cpu.cfs_quota_us", "50000"}, file{"cpu", "cpu.cfs_period_us", "100000"},
-			file{"memory", "memory.limit_in_bytes", fmt.Sprint(64 << 20)}, file{"cpuset", "cpuset.cpus", "1"}, file{"cpuset", "cpuset.mems", "0"},
+			shares("512", "59"), quota("50000", "50000"), file{"cpu/cpu.cfs_period_us", "100000", "cpu.max", "50000 100000"},
+			memory(64), cpus("1"), file{"cpuset/cpuset.mems", "0", "cpuset.mems", "0"},
 		)
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", n.PID(t, id)))
 		if err != nil || strings.TrimSpace(string(b)) != "321" {
@@ -60,9 +60,13 @@ func TestPodResources(t *testing.T) {
 		}
 	})
 	t.Run("execs are in the container's cgroup", func(t *testing.T) {
-		for _, c := range []string{"memory", "cpu", "pids", "cpuset", "devices"} {
-			own := n.Sh(t, id, "grep -E '[:,]"+c+"[:,]' /proc/1/cgroup")
-			if out := n.Sh(t, id, "grep -E '[:,]"+c+"[:,]' /proc/self/cgroup"); !strings.HasPrefix(out, own) {
+		lines := []string{"[:,]memory[:,]", "[:,]cpu[:,]", "[:,]pids[:,]", "[:,]cpuset[:,]", "[:,]devices[:,]"}
+		if cgroupV2() {
+			lines = []string{"^0::"}
+		}
+		for _, l := range lines {
+			own := n.Sh(t, id, "grep -E '"+l+"' /proc/1/cgroup")
+			if out := n.Sh(t, id, "grep -E '"+l+"' /proc/self/cgroup"); !strings.HasPrefix(out, own) || strings.Contains(out, "..") {
 				t.Errorf("exec is in %q, the container in %q", out, own)
 			}
 		}
@@ -75,17 +79,14 @@ func TestPodResources(t *testing.T) {
 		if err := update(&criv1.LinuxContainerResources{MemoryLimitInBytes: 128 << 20, CpuShares: 1024, CpusetCpus: "0-1"}); err != nil {
 			t.Fatal(err)
 		}
-		check(t,
-			file{"memory", "memory.limit_in_bytes", fmt.Sprint(128 << 20)}, file{"cpu", "cpu.shares", "1024"},
-			file{"cpuset", "cpuset.cpus", "0-1"}, file{"cpu", "cpu.cfs_quota_us", "50000"},
-		)
+		check(t, memory(128), shares("1024", "100"), cpus("0-1"), quota("50000", "50000"))
 		if s := n.Status(t, id).Resources.Linux; s.MemoryLimitInBytes != 128<<20 || s.CpuShares != 1024 || s.CpuQuota != 50000 || s.OomScoreAdj != 321 {
 			t.Errorf("status says %v", s)
 		}
 		if err := update(&criv1.LinuxContainerResources{CpuQuota: -1}); err != nil {
 			t.Fatal(err)
 		}
-		check(t, file{"cpu", "cpu.cfs_quota_us", "-1"})
+		check(t, quota("-1", "max"))
 	})
 	t.Run("an update is whole or not at all", func(t *testing.T) {
 		n.Sh(t, id, "dd if=/dev/zero of=/dev/shm/fill bs=1M count=40 2>/dev/null")
@@ -97,7 +98,7 @@ func TestPodResources(t *testing.T) {
 		if c := codeOf(err); c == codes.Internal || c == codes.Unknown {
 			t.Errorf("got %v", err)
 		}
-		check(t, file{"cpu", "cpu.shares", "1024"}, file{"cpuset", "cpuset.cpus", "0-1"})
+		check(t, shares("1024", "100"), cpus("0-1"))
 		if after := n.Status(t, id).Resources; !proto.Equal(before, after) {
 			t.Errorf("status said %v, now %v", before, after)
 		}
@@ -112,27 +113,29 @@ func TestPodResources(t *testing.T) {
 		if err := update(&criv1.LinuxContainerResources{MemoryLimitInBytes: 96 << 20}); err != nil {
 			t.Fatal(err)
 		}
-		check(t, file{"memory", "memory.limit_in_bytes", fmt.Sprint(96 << 20)})
+		check(t, memory(96))
 	})
 	t.Run("pids", func(t *testing.T) {
 		few, err := n.TryRun(t, pod, limits(&criv1.LinuxContainerResources{Unified: map[string]string{"pids.max": "10"}}))
-		if err != nil {
-			// Version 1 has no unified files; the pod's own limit is set by kubelet.
+		if !cgroupV2() { // no unified files; the pod's own limit is set by kubelet
 			wantError(t, err, codes.FailedPrecondition, "cgroup v2")
 			return
 		}
-		if got := n.cgroupFile(t, few, "pids", "pids.max"); got != "10" {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := n.cgroupFile(t, few, "pids/pids.max", "pids.max"); got != "10" {
 			t.Errorf("pids.max is %s", got)
 		}
 	})
 	t.Run("cgroup parent", func(t *testing.T) {
 		p := n.Pod(t, func(c *criv1.PodSandboxConfig) { c.Linux.CgroupParent = n.Parent + "/burstable/pod-of-mine" })
 		id := n.Run(t, p, nil)
-		if dir := cgroupOf(t, n.PID(t, id), "memory"); dir != "/sys/fs/cgroup/memory"+n.Parent+"/burstable/pod-of-mine/"+id {
+		if dir := cgroupOf(t, n.PID(t, id), "memory"); dir != cgroupTop("memory")+n.Parent+"/burstable/pod-of-mine/"+id {
 			t.Errorf("the container is in %s", dir)
 		}
 		n.RemovePod(t, p)
-		if _, err := os.Stat("/sys/fs/cgroup/memory" + n.Parent + "/burstable/pod-of-mine"); err == nil {
+		if _, err := os.Stat(cgroupTop("memory") + n.Parent + "/burstable/pod-of-mine"); err == nil {
 			t.Error("the parent that naru made is still there")
 		}
 	})
@@ -151,7 +154,6 @@ func TestPodResources(t *testing.T) {
 const eater = "dd if=/dev/zero of=/dev/null bs=80M count=1"
 
 func TestPodOOM(t *testing.T) {
-	needV1(t)
 	n := StartNode(t)
 	pod := n.Pod(t, nil)
 	small := limits(&criv1.LinuxContainerResources{MemoryLimitInBytes: 20 << 20})

@@ -18,6 +18,8 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	"k8s.io/streaming/pkg/httpstream"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 func TestPodExecStream(t *testing.T) {
@@ -122,7 +124,7 @@ func execWebSocket(t *testing.T, n *Node, id string) {
 		}
 	}
 	got := map[byte]string{}
-	_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(testhost.Limit(20 * time.Second)))
 	for {
 		_, m, err := c.ReadMessage()
 		if err != nil {

@@ -11,6 +11,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // churn is the daemon's life as a kubelet would give it, with the daemon killed
@@ -211,7 +213,7 @@ func TestSurviveChurn(t *testing.T) {
 		c.cancel() // before the new one could answer
 		n.StartDaemon()
 		var left []string
-		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		for end := time.Now().Add(testhost.Limit(10 * time.Second)); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 			if left = n.ownerless(t); len(left) == 0 {
 				break
 			}

@@ -13,6 +13,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // The check for ownerless things sees one of each, or TestSurviveChurn would
@@ -80,7 +82,9 @@ func TestSurviveOwnerlessIsSeen(t *testing.T) {
 			mkdir(filepath.Join(dir, "bogus"))
 		},
 		"process ": func() {
-			dir := filepath.Dir(cgroupOf(t, n.PID(t, n.Run(t, pod, nil)), "memory"))
+			// In a cgroup of its own: with version 2 none that has others below holds processes.
+			dir := filepath.Join(filepath.Dir(cgroupOf(t, n.PID(t, n.Run(t, pod, nil)), "memory")), "strange")
+			mkdir(dir)
 			cmd := exec.Command("sleep", "1000")
 			p, err := spawn(cmd)
 			if err != nil {
@@ -156,7 +160,7 @@ func TestSurviveLostRecords(t *testing.T) {
 		t.Errorf("the pod of a container whose record was damaged is %v", s.State)
 	}
 	var left []string
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(testhost.Limit(10 * time.Second)); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		if left = n.ownerless(t); len(left) == 0 {
 			break
 		}
