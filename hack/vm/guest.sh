@@ -9,6 +9,7 @@ modprobe -aq overlay dummy veth nf_tables nft_masq nft_nat nft_fib_inet br_netfi
 failed=()
 
 uptime_s() { cut -d' ' -f1 /proc/uptime; }
+since() { awk -v a="$1" -v b="$(uptime_s)" 'BEGIN {printf "%.0f", b - a}'; }
 
 part_demo() { "$tree/hack/demo.sh"; }
 
@@ -22,17 +23,17 @@ part_apparmor() {
 part_critest() { PARALLEL=2 LEAST=105 REPORT=/vm/out/critest.xml "$tree/hack/critest.sh"; }
 
 part_units() {
-	local t name rc=0
+	local t name begun rc=0
 	install -m 0755 "$tree/hack/vm/go-in-guest.sh" /usr/local/bin/go
 	sysctl -qw vm.nr_hugepages=4 # for the test of the metrics of huge pages
 	for t in "$tree"/tests/*.test; do
-		name=$(basename "$t" .test)
-		(cd "$tree/${name//__//}" && "$t" -test.timeout 20m) >"/var/tmp/$name.log" 2>&1
+		name=$(basename "$t" .test) begun=$(uptime_s)
+		(cd "$tree/${name//__//}" && "$t" -test.timeout 30m) >"/var/tmp/$name.log" 2>&1
 		if [ $? = 0 ]; then
-			echo "ok    ${name//__//}"
+			echo "ok    ${name//__//} $(since "$begun") s"
 		else
 			rc=1
-			echo "FAIL  ${name//__//}"
+			echo "FAIL  ${name//__//} $(since "$begun") s"
 			grep -E -A20 '^\s*--- FAIL|^panic:' "/var/tmp/$name.log" | head -80
 			cp "/var/tmp/$name.log" /vm/out/ 2>/dev/null
 		fi
@@ -45,7 +46,7 @@ for part; do
 	begun=$(uptime_s)
 	echo "== $part"
 	"part_$part" || failed+=("$part")
-	echo "== $part took $(awk -v a="$begun" -v b="$(uptime_s)" 'BEGIN {printf "%.0f", b - a}') s"
+	echo "== $part took $(since "$begun") s"
 done
 if [ ${#failed[@]} -gt 0 ]; then
 	echo "FAIL: ${failed[*]}"

@@ -5,6 +5,7 @@
 # emulated, and process starts are about ten times slower than here.
 #   hack/vm/test.sh [bookworm|backports]
 # Variables: PARTS="demo units service apparmor"   only some of it
+#            UNITS="pod runtime/monitor"              only these packages in the part units
 #            VM_TIMEOUT=5400  seconds for all of it
 #            OUT=DIR          where logs of the guest go
 . "$(dirname "$0")/../lib.sh"
@@ -35,6 +36,7 @@ compile_tests() {
 		while read -r package dir; do
 			[ "$dir" != "$top" ] || continue
 			name=${dir#"$top"/}
+			case " ${UNITS:-$name} " in *" $name "*) ;; *) continue ;; esac
 			(cd "$top" && CGO_ENABLED=0 "$go" test -c -o "$stage/tests/${name//\//__}.test" "$package")
 		done
 }
