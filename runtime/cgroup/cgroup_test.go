@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/runtime"
 )
 
 // TestMain holds every test to leaving no descriptor and no cgroup behind.
@@ -180,4 +181,28 @@ func fileOf(t testing.TB, g *Group, controller, file string) string {
 		t.Fatal(err)
 	}
 	return s
+}
+
+// TestFoldersCanBeEntered: whatever the umask is, any user may pass through the
+// folders of the version 2 tree. On older kernels (6.1) the root of a user
+// namespace mounts cgroup2 only if it may, from the top down to its own cgroup.
+func TestFoldersCanBeEntered(t *testing.T) {
+	old := unix.Umask(0o077)
+	defer unix.Umask(old)
+	d := unifiedDriver(t)
+	g := create(t, d, "/pod", "c1", runtime.Resources{})
+	e, err := g.NewExec(bg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	for _, rel := range []string{"pod", g.rel, e.own.rel} {
+		var st unix.Stat_t
+		if err := unix.Fstatat(d.unified.fd, rel, &st, 0); err != nil || st.Mode&0o7777 != 0o755 {
+			t.Errorf("%s: mode %#o, %v", rel, st.Mode&0o7777, err)
+		}
+	}
+	if err := e.Remove(bg); err != nil {
+		t.Error(err)
+	}
 }

@@ -84,6 +84,21 @@ func (h *hierarchy) has(controller string) bool {
 	return false
 }
 
+// mkdir makes a folder. In the version 2 tree everybody may pass through it,
+// whatever the umask is: older kernels (6.1) do not mount cgroup2 in a user
+// namespace whose root may not.
+func (h *hierarchy) mkdir(rel string) error {
+	const mode = 0o755
+	if err := unix.Mkdirat(h.fd, rel, mode); err != nil || !h.v2 {
+		return err
+	}
+	if err := unix.Fchmodat(h.fd, rel, mode, 0); err != nil {
+		_ = unix.Unlinkat(h.fd, rel, unix.AT_REMOVEDIR)
+		return err
+	}
+	return nil
+}
+
 // Driver makes groups. See the package comment.
 type Driver struct {
 	mode          Mode

@@ -74,7 +74,7 @@ func (g *Group) makeExec() (string, error) {
 	_, _ = rand.Read(b[:]) // never fails (crypto/rand)
 	name := execPrefix + hex.EncodeToString(b[:])
 	h := g.d.tracking()
-	if err := unix.Mkdirat(h.fd, g.rel+"/"+name, 0o755); err != nil {
+	if err := h.mkdir(g.rel + "/" + name); err != nil {
 		return "", err
 	}
 	if !h.v2 {

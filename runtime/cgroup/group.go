@@ -172,7 +172,7 @@ func (g *Group) makeAll(ctx context.Context) error {
 	for _, h := range g.d.hier {
 		var err error
 		for i := 0; i < tries; i++ {
-			err = unix.Mkdirat(h.fd, g.rel, 0o755)
+			err = h.mkdir(g.rel)
 			if err == unix.ENOENT {
 				if e := g.d.ensureParent(ctx, parentOf(g.Path)); e != nil {
 					undo()

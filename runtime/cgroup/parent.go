@@ -141,7 +141,7 @@ func (d *Driver) makeParent(rel string) error {
 		return err
 	}
 	for i, h := range missing {
-		err := unix.Mkdirat(h.fd, rel, 0o755)
+		err := h.mkdir(rel)
 		if err == unix.EEXIST {
 			err = nil // kubelet was faster; removing an empty folder of its is harmless
 		}
