@@ -6,6 +6,7 @@
 #   hack/vm/test.sh [bookworm|backports]
 # Variables: PARTS="demo units service apparmor"   only some of it
 #            UNITS="pod runtime/monitor"              only these packages in the part units
+#            RUN='TestPod'                            only these tests of the part units
 #            VM_TIMEOUT=5400  seconds for all of it
 #            OUT=DIR          where logs of the guest go
 . "$(dirname "$0")/../lib.sh"
@@ -63,4 +64,4 @@ case " $parts " in
 esac
 say "starting the test machine ($image) for: $parts"
 VM_CACHE=$cache/vm "$top/hack/vm/runvm.sh" -i "$image" -s "$stage:naru" -t "${VM_TIMEOUT:-5400}" ${OUT:+-o "$OUT"} \
-	-- "exec bash /vm/naru/hack/vm/guest.sh $parts"
+	-- "RUN=$(printf %q "${RUN:-.}") exec bash /vm/naru/hack/vm/guest.sh $parts"

@@ -204,7 +204,7 @@ func TestSurviveChurn(t *testing.T) {
 	kills := scaled(30, 300)
 	for i := 0; i < kills && !t.Failed(); i++ {
 		c.begin()
-		time.Sleep(time.Duration(5+rnd.IntN(120)) * time.Millisecond)
+		time.Sleep(testhost.Limit(time.Duration(5+rnd.IntN(120)) * time.Millisecond))
 		c.end()
 		n.KillDaemon()
 		if i%5 == 4 { // the worker too
