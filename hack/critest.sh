@@ -43,7 +43,8 @@ registry_up "$set"
 runtime_up
 say "critest against $(crictl version | awk -F': *' '/RuntimeName|RuntimeVersion/ {printf "%s ", $2}')(ready after $(since "$t") s)"
 
-flags=(-config /nonexistent -runtime-endpoint "$endpoint" -ginkgo.no-color
+# The image endpoint, too: critest would take it from /etc/crictl.yaml.
+flags=(-config /nonexistent -runtime-endpoint "$endpoint" -image-endpoint "$endpoint" -ginkgo.no-color
 	"-ginkgo.junit-report=$work/junit.xml" "-ginkgo.timeout=${CRITEST_TIMEOUT:-10m}")
 [ "$parallel" = 1 ] || flags+=("-parallel=$parallel")
 [ -z "${FOCUS:-}" ] || flags+=("-ginkgo.focus=$FOCUS")
