@@ -2,6 +2,7 @@ package wire
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"sync"
@@ -166,9 +167,18 @@ func (c *Conn) Send(msg []byte, fds []int, patience time.Duration) error {
 		_ = c.f.SetWriteDeadline(time.Time{})
 	}
 	if werr != nil {
-		return werr
+		return waitError(werr)
 	}
 	return err
+}
+
+// waitError is the error of a wait that did not come to a call. Of a connection
+// that this side has closed Go's poller says so in words of its own.
+func waitError(err error) error {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	return fmt.Errorf("%w (%w)", ErrClosed, err)
 }
 
 // Recv waits for one message. The body aliases buf.
@@ -180,7 +190,7 @@ func (c *Conn) Recv(buf []byte) (Packet, error) {
 		return err != unix.EAGAIN
 	})
 	if rerr != nil {
-		return Packet{}, rerr
+		return Packet{}, waitError(rerr)
 	}
 	return p, err
 }

@@ -247,3 +247,53 @@ func TestDialLongPath(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// A call on a connection that this side has closed, before it or meanwhile,
+// says that the peer is gone: clients repeat the call then.
+func TestClosedConnectionIsGone(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[1])
+	c, err := NewConn(pair[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	reading := make(chan error)
+	go func() {
+		_, err := c.Recv(make([]byte, 100))
+		reading <- err
+	}()
+	time.Sleep(10 * time.Millisecond)
+	_ = c.Close()
+	if err := <-reading; !Gone(err) {
+		t.Errorf("the waiting reader got %v", err)
+	}
+	if _, err := c.Recv(make([]byte, 100)); !Gone(err) {
+		t.Errorf("receive: %v", err)
+	}
+	if err := c.Send([]byte("x"), nil, time.Second); !Gone(err) {
+		t.Errorf("send: %v", err)
+	}
+}
+
+// A peer that does not read is not gone.
+func TestSendTimesOut(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[1])
+	c, err := NewConn(pair[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for err == nil {
+		err = c.Send(make([]byte, 10000), nil, 10*time.Millisecond)
+	}
+	if Gone(err) || !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("send to a peer that does not read: %v", err)
+	}
+}
