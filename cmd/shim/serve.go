@@ -44,7 +44,6 @@ const healthTime = 2 * time.Second
 // daemon is everything that serves, in the order in which it is made.
 type daemon struct {
 	cfg     *config.Config
-	lock    *os.File
 	cgroups *cgroup.Driver
 	monitor *monitor.Client
 	exec    *native.Executor
@@ -97,11 +96,12 @@ func closeInherited(context.Context) error {
 	return nil
 }
 
-// prepareFolders makes the roots private and takes the lock: two daemons on
-// one root would undo each other's work.
+// prepareFolders makes the roots private and locks both: two daemons on one
+// root or one run folder would undo each other's work.
 func (d *daemon) prepareFolders(context.Context) error {
 	unix.Umask(0o077)
-	for _, dir := range []string{d.cfg.Root, d.cfg.Run} {
+	roots := []string{d.cfg.Root, d.cfg.Run}
+	for _, dir := range roots {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return errs.New(errs.Internal, "make %s: %w", dir, err)
 		}
@@ -109,16 +109,25 @@ func (d *daemon) prepareFolders(context.Context) error {
 			return errs.New(errs.Internal, "tighten %s: %w", dir, err)
 		}
 	}
-	f, err := os.OpenFile(filepath.Join(d.cfg.Root, "lock"), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return errs.New(errs.Internal, "open the lock of %s: %w", d.cfg.Root, err)
+	var locked []os.FileInfo
+	for _, dir := range roots {
+		f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
+		if err != nil {
+			return errs.New(errs.Internal, "open the lock of %s: %w", dir, err)
+		}
+		d.closers = append(d.closers, f.Close)
+		st, err := f.Stat()
+		if err != nil {
+			return errs.New(errs.Internal, "look at the lock of %s: %w", dir, err)
+		}
+		if slices.ContainsFunc(locked, func(x os.FileInfo) bool { return os.SameFile(x, st) }) {
+			continue // one folder is both
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			return errs.New(errs.FailedPrecondition, "another naru uses %s; stop it first, or set another root and run folder", dir)
+		}
+		locked = append(locked, st)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		_ = f.Close()
-		return errs.New(errs.FailedPrecondition, "another naru uses %s; stop it first or set another root", d.cfg.Root)
-	}
-	d.lock = f
-	d.closers = append(d.closers, f.Close)
 	return nil
 }
 
