@@ -1,8 +1,9 @@
 // Command naru-monitor supervises the containers of a node.
 //
-// It is one program in three roles: the keeper, parent of every container; the
-// worker, which the keeper starts; and the first process of pods that share
-// one PID namespace. See package runtime/monitor/keeper for what each does.
+// It is one program in four roles: the keeper, parent of every container; the
+// worker, which the keeper starts; the guard, which stands in for an init
+// system; and the first process of pods that share one PID namespace. See
+// package runtime/monitor/keeper for what each does.
 package main
 
 import (
@@ -12,6 +13,7 @@ import (
 	"io"
 	"os"
 
+	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime/monitor/keeper"
 	"github.com/naru-project/naru/runtime/monitor/worker"
@@ -23,7 +25,7 @@ var version = "dev"
 const usage = `naru-monitor keeps the containers of this node running.
 
 Usage:
-  naru-monitor keeper --dir DIR [--kill-on-exit]
+  naru-monitor keeper --dir DIR [--kill-on-exit] [--guard]
   naru-monitor version [--protocol]
 
 keeper runs the one supervisor of a node, in the foreground. DIR (for example
@@ -32,6 +34,11 @@ keeper runs the one supervisor of a node, in the foreground. DIR (for example
   DIR/monitor.sock  where the daemon naru connects; root only
   DIR/exits/ID      how container ID ended, as text, until the daemon deletes it
   DIR/lock          held while a keeper runs
+
+With --guard, for a node without an init system to do it, a second process
+stays as the keeper's parent and starts it again when it is killed. It hands
+signals on to the keeper and ends with it. The exit status is 3 when another
+keeper runs in DIR.
 
 Signals of the keeper:
 
@@ -57,8 +64,19 @@ and pause (first process of a shared PID namespace).
 func main() {
 	if err := run(os.Args[1:], os.Stdout); err != nil {
 		fmt.Fprintf(os.Stderr, "naru-monitor: %v\n", err)
-		os.Exit(1)
+		os.Exit(exitCode(err))
 	}
+}
+
+func exitCode(err error) int {
+	var e *keeper.ExitError
+	switch {
+	case errors.As(err, &e):
+		return e.Status
+	case errs.Is(err, errs.AlreadyExists):
+		return keeper.ExitBusy
+	}
+	return 1
 }
 
 func run(args []string, out io.Writer) error {
@@ -92,10 +110,12 @@ func run(args []string, out io.Writer) error {
 
 func runKeeper(args []string, out io.Writer) error {
 	var o keeper.Options
+	var guard bool
 	f := flag.NewFlagSet("keeper", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&o.Dir, "dir", "", "")
 	f.BoolVar(&o.KillOnExit, "kill-on-exit", false, "")
+	f.BoolVar(&guard, "guard", false, "")
 	f.StringVar(&o.Binary, "binary", "", "") // internal: where the program lies on disk
 	f.IntVar(&o.Resume, "resume", 0, "")     // internal: the table of the previous program
 	switch err := f.Parse(args); {
@@ -115,6 +135,9 @@ func runKeeper(args []string, out io.Writer) error {
 			return err
 		}
 		return keeper.Reexec(append([]string{"keeper", "--binary", path}, args...))
+	}
+	if guard {
+		return keeper.Guard(o)
 	}
 	return keeper.Run(o)
 }

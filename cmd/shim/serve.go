@@ -148,7 +148,7 @@ func (d *daemon) reachMonitor(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if d.monitor, err = monitor.Ensure(ctx, bin, dir); err != nil {
+	if d.monitor, err = monitor.Ensure(ctx, monitor.EnsureOptions{Binary: bin, Dir: dir, Managed: notify.Managed()}); err != nil {
 		return err
 	}
 	d.closers = append(d.closers, d.monitor.Close)

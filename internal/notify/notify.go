@@ -5,12 +5,16 @@ package notify
 
 import (
 	"context"
+	"os"
 	"strconv"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"k8s.io/klog/v2"
 )
+
+// Managed reports whether systemd runs this process as a unit that notifies.
+func Managed() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
 
 // Ready ends the start-up of the unit (Type=notify).
 func Ready() { send(daemon.SdNotifyReady) }

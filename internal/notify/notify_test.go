@@ -53,7 +53,14 @@ func TestMessages(t *testing.T) {
 }
 
 func TestWithoutSystemd(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "/somewhere")
+	if !Managed() {
+		t.Error("a socket is given, but nobody manages")
+	}
 	t.Setenv("NOTIFY_SOCKET", "")
+	if Managed() {
+		t.Error("managed without a socket")
+	}
 	Ready()
 	Watch(t.Context(), func(context.Context) error { t.Error("checked without a watchdog"); return nil })
 }

@@ -157,7 +157,8 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 	return s.info, nil
 }
 
-// Ping asks the worker for a sign of life.
+// Ping asks the worker for a sign of life. One without a keeper answers
+// errs.Unavailable: it starts nothing.
 func (c *Client) Ping(ctx context.Context) error {
 	_, err := c.call(ctx, wire.KindPing, nil)
 	return err

@@ -459,7 +459,7 @@ func TestEnsure(t *testing.T) {
 	ch := make(chan result)
 	for range 4 { // all at once: one keeper comes of it
 		go func() {
-			c, err := monitor.Ensure(n.ctx, binary, dir)
+			c, err := monitor.Ensure(n.ctx, monitor.EnsureOptions{Binary: binary, Dir: dir})
 			ch <- result{c, err}
 		}()
 	}
@@ -490,7 +490,8 @@ func TestEnsure(t *testing.T) {
 		for _, c := range clients {
 			_ = c.Close()
 		}
+		guard := parentOf(t, pid)
 		_ = unix.Kill(pid, unix.SIGTERM)
-		n.eventually("the keeper to end", func() bool { return !alive(pid) })
+		n.eventually("keeper and guard to end", func() bool { return !alive(pid) && !alive(guard) })
 	}
 }

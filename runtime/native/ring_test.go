@@ -76,7 +76,11 @@ func newRing(t testing.TB) *ring {
 		}
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	mon, err := monitor.Ensure(ctx, bin, filepath.Join(dir, "monitor"))
+	keeper := osexec.Command(bin, "keeper", "--dir", filepath.Join(dir, "monitor"))
+	if err := keeper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	mon, err := monitor.Ensure(ctx, monitor.EnsureOptions{Binary: bin, Dir: filepath.Join(dir, "monitor"), Managed: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +104,8 @@ func newRing(t testing.TB) *ring {
 		_ = x.Close()
 		_ = mon.Close()
 		cg.Close()
-		_ = unix.Kill(info.KeeperPID, unix.SIGKILL)
+		_ = keeper.Process.Kill()
+		_ = keeper.Wait()
 		_ = unix.Kill(info.WorkerPID, unix.SIGKILL)
 	})
 	return r

@@ -163,8 +163,8 @@ func (n *Node) StartKeeper() {
 		if n.keeper.ended() {
 			n.t.Fatalf("the keeper ended: %v\n%s", n.keeper.err, tail(n.Dir+"/keeper.log", 4000))
 		}
-		_, err := n.info()
-		return err == nil
+		i, err := n.info() // an orphaned worker answers too
+		return err == nil && i.KeeperPID == n.keeper.pid()
 	})
 }
 

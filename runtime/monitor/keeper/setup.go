@@ -115,19 +115,28 @@ func copyProgram(dst, src int) error {
 	}
 }
 
-// harden sets what keeper and worker have in common.
+// harden makes the process a keeper's.
 func harden() error {
-	debug.SetGCPercent(20)
 	goruntime.GOMAXPROCS(2) // one loop and the signals; more would only cost memory
-	unix.Umask(0o077)
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return errs.New(errs.Internal, "become non-dumpable: %w", err)
+	if err := quiet("naru-monitor"); err != nil {
+		return err
 	}
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return errs.New(errs.Internal, "become a subreaper: %w", err)
 	}
+	return nil
+}
+
+// quiet sets what keeper and guard have in common: little memory, nothing for
+// others to read, the last ones to be killed for memory.
+func quiet(name string) error {
+	debug.SetGCPercent(20)
+	unix.Umask(0o077)
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return errs.New(errs.Internal, "become non-dumpable: %w", err)
+	}
 	// Run from a memfd, a process is otherwise called by the descriptor's number.
-	_ = os.WriteFile("/proc/self/comm", []byte("naru-monitor"), 0)
+	_ = os.WriteFile("/proc/self/comm", []byte(name), 0)
 	// Without CAP_SYS_RESOURCE a value below the inherited one is refused.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0)
 	return nil
@@ -164,7 +173,10 @@ func (k *keeper) openFolder() error {
 	if k.lock, err = unix.Openat(k.dir, "lock", unix.O_CREAT|unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600); err != nil {
 		return errs.New(errs.Internal, "open %s/lock: %w", dir, err)
 	}
-	if err := unix.Flock(k.lock, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	// A lock of the open file (F_OFD_SETLK, fcntl(2)): it goes with the program
+	// that replaces this one, and others can ask for it without taking it.
+	l := unix.Flock_t{Type: unix.F_WRLCK}
+	if err := unix.FcntlFlock(uintptr(k.lock), unix.F_OFD_SETLK, &l); err != nil {
 		return errs.New(errs.AlreadyExists, "lock %s: another keeper runs there (%w)", dir, err)
 	}
 	return nil

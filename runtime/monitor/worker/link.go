@@ -52,6 +52,16 @@ func (l *link) call(kind wire.Kind, seq uint64, body wire.Body, fds []int) error
 	return <-ch
 }
 
+// check reports whether the keeper lives.
+func (l *link) check() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.dead {
+		return errOrphan
+	}
+	return nil
+}
+
 // number returns a number for a message; l.mu is held.
 func (l *link) number() uint64 {
 	l.next++

@@ -18,6 +18,7 @@ func (s *conn) request(p *wire.Packet) {
 	var err error
 	switch p.Kind {
 	case wire.KindPing:
+		err = w.link.check()
 	case wire.KindCreate:
 		var c *container
 		if c, err = w.create(p); err == nil {

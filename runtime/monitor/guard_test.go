@@ -1,0 +1,213 @@
+package monitor_test
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/runtime/monitor"
+)
+
+// successor waits until a keeper other than old answers.
+func (n *node) successor(old int) (pid int) {
+	n.t.Helper()
+	n.eventually("the next keeper", func() bool {
+		i, err := n.c.Info(n.ctx)
+		pid = i.KeeperPID
+		return err == nil && !i.Orphan && pid != old
+	})
+	return pid
+}
+
+// TestGuard: a killed keeper is followed by another, which takes over; the
+// guard hands on signals and ends with the keeper.
+func TestGuard(t *testing.T) {
+	n := newNode(t)
+	m := *n
+	m.dir = filepath.Join(t.TempDir(), "m")
+	m.startKeeper("--guard")
+	m.connect()
+	defer m.c.Close()
+	guard, keeper := m.cmd.Process.Pid, m.successor(0)
+	if keeper == guard || parentOf(t, keeper) != guard {
+		t.Fatalf("keeper %d is a child of %d, not of the guard %d", keeper, parentOf(t, keeper), guard)
+	}
+	c := m.run(spec{args: []string{"read x; exit 9"}})
+	for range 3 {
+		_ = unix.Kill(keeper, unix.SIGKILL)
+		keeper = m.successor(keeper)
+		if parentOf(t, keeper) != guard || !alive(c.pid) {
+			t.Fatal("the next keeper is not the guard's, or the container ended")
+		}
+	}
+	out, err := exec.Command(binary, "keeper", "--dir", m.dir, "--guard").CombinedOutput()
+	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 3 {
+		t.Errorf("a second guard with a second keeper: %v, %s", err, out)
+	}
+	_ = m.cmd.Process.Signal(unix.SIGTERM)
+	m.eventually("the keeper to refuse to end", func() bool { return strings.Contains(m.keeperLog(), "the keeper stays") })
+	_, _ = c.stdin.WriteString("\n")
+	if x := m.wait(c.id)[c.id]; x.Status != 9 {
+		t.Errorf("exit %+v", x)
+	}
+	_ = m.cmd.Process.Signal(unix.SIGTERM)
+	if err := m.cmd.Wait(); err != nil {
+		t.Errorf("the guard ended with %v", err)
+	}
+	if alive(keeper) {
+		t.Error("the keeper lives")
+	}
+}
+
+// A keeper that cannot even begin is not tried for ever.
+func TestGuardGivesUp(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary, "keeper", "--dir", file, "--guard")
+	done := make(chan error, 1)
+	go func() {
+		out, err := cmd.CombinedOutput()
+		if !strings.Contains(string(out), "make the folder") {
+			t.Errorf("output %q", out)
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 {
+			t.Errorf("ended with %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		_ = cmd.Process.Kill()
+		t.Error("the guard does not give up")
+	}
+	if _, err := monitor.Ensure(t.Context(), monitor.EnsureOptions{Binary: binary, Dir: file}); err == nil {
+		t.Error("a keeper in a file")
+	}
+}
+
+// end ends a keeper that Ensure has started, and its guard.
+func (n *node) end(c *monitor.Client) {
+	n.t.Helper()
+	i, err := c.Info(n.ctx)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	_ = c.Close()
+	guard := parentOf(n.t, i.KeeperPID)
+	_ = unix.Kill(i.KeeperPID, unix.SIGTERM)
+	n.eventually("keeper and guard to end", func() bool { reapAll(); return !alive(i.KeeperPID) && !alive(guard) })
+}
+
+// A daemon that starts while the worker of a killed keeper answers leaves it to
+// others to start the next one, and starts one only if nobody does.
+func TestEnsureWaitsForSuccessor(t *testing.T) {
+	n := newNode(t)
+	old := n.cmd.Process.Pid
+	_ = n.cmd.Process.Kill()
+	_ = n.cmd.Wait()
+	type result struct {
+		c   *monitor.Client
+		err error
+	}
+	ch := make(chan result, 1)
+	ensure := func() {
+		c, err := monitor.Ensure(n.ctx, monitor.EnsureOptions{Binary: binary, Dir: n.dir})
+		ch <- result{c, err}
+	}
+	go ensure()
+	time.Sleep(time.Second) // systemd's RestartSec
+	n.startKeeper()
+	r := <-ch
+	if r.err != nil {
+		t.Fatal(r.err)
+	}
+	if i, err := r.c.Info(n.ctx); err != nil || i.KeeperPID != n.cmd.Process.Pid || i.KeeperPID == old {
+		t.Errorf("%+v, %v; want keeper %d", i, err, n.cmd.Process.Pid)
+	}
+	_ = r.c.Close()
+	if _, err := os.Stat(filepath.Join(n.dir, "monitor.log")); err == nil {
+		t.Error("a second keeper was started")
+	}
+	if s := n.keeperLog(); strings.Contains(s, "another keeper runs") {
+		t.Error("the keeper of others had to fight for the lock")
+	}
+
+	// Nobody comes.
+	c := n.run(spec{args: []string{"exec sleep 1000"}})
+	_ = n.cmd.Process.Kill()
+	_ = n.cmd.Wait()
+	begin := time.Now()
+	ensure()
+	if r = <-ch; r.err != nil {
+		t.Fatal(r.err)
+	}
+	if d := time.Since(begin); d < 2*time.Second || d > 20*time.Second {
+		t.Errorf("took %v", d)
+	}
+	if err := r.c.Delete(n.ctx, c.id); err != nil {
+		t.Error(err)
+	}
+	n.end(r.c)
+	n.startKeeper() // for the end of the test
+	n.successor(0)
+}
+
+// While somebody holds the lock, a keeper is there or about to be.
+func TestEnsureHeedsTheLock(t *testing.T) {
+	n := newNode(t)
+	dir := filepath.Join(t.TempDir(), "m")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(dir, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := unix.Flock_t{Type: unix.F_WRLCK}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+		t.Fatal(err)
+	}
+	ch := make(chan *monitor.Client, 1)
+	go func() {
+		c, err := monitor.Ensure(n.ctx, monitor.EnsureOptions{Binary: binary, Dir: dir})
+		if err != nil {
+			t.Error(err)
+		}
+		ch <- c
+	}()
+	time.Sleep(500 * time.Millisecond)
+	if _, err := os.Stat(filepath.Join(dir, "monitor.log")); err == nil {
+		t.Error("a keeper was started while another held the lock")
+	}
+	_ = f.Close()
+	if c := <-ch; c != nil {
+		n.end(c)
+	}
+}
+
+// A worker without a keeper says so when it is asked whether all is well.
+func TestPingWithoutKeeper(t *testing.T) {
+	n := newNode(t)
+	old := n.successor(0)
+	if err := n.c.Ping(n.ctx); err != nil {
+		t.Fatal(err)
+	}
+	_ = n.cmd.Process.Kill()
+	_ = n.cmd.Wait()
+	n.eventually("the worker to say that it is alone", func() bool { return errs.Is(n.c.Ping(n.ctx), errs.Unavailable) })
+	n.startKeeper()
+	n.successor(old)
+	if err := n.c.Ping(n.ctx); err != nil {
+		t.Error(err)
+	}
+}
