@@ -103,7 +103,7 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 		return nil, err
 	}
 	if cfg.SpecHost.Arch == "" {
-		if cfg.SpecHost, err = spec.ProbeHost(); err != nil {
+		if cfg.SpecHost, err = spec.ProbeHost(0); err != nil {
 			return nil, err
 		}
 	}

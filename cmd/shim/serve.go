@@ -31,6 +31,7 @@ import (
 	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/native"
+	"github.com/naru-project/naru/runtime/spec"
 	"github.com/naru-project/naru/runtime/stats"
 	"github.com/naru-project/naru/sandbox"
 )
@@ -46,6 +47,7 @@ type daemon struct {
 	cfg     *config.Config
 	cgroups *cgroup.Driver
 	monitor *monitor.Client
+	given   spec.Host // what containers can get
 	exec    *native.Executor
 	sandbox *sandbox.Manager
 	images  *images.Store
@@ -62,7 +64,8 @@ func runServe(ctx context.Context, cfg *config.Config) (err error) {
 		name string
 		do   func(context.Context) error
 	}{
-		{"close inherited files", closeInherited}, {"relax timers", relaxTimers}, {"prepare folders", d.prepareFolders}, {"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor},
+		{"close inherited files", closeInherited}, {"relax timers", relaxTimers}, {"set oom_score_adj", shield}, {"prepare folders", d.prepareFolders},
+		{"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor}, {"give up privileges", confine}, {"make the executor", d.openExecutor},
 		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer},
 	} {
 		if err := s.do(ctx); err != nil {
@@ -152,12 +155,19 @@ func (d *daemon) reachMonitor(ctx context.Context) (err error) {
 		return err
 	}
 	d.closers = append(d.closers, d.monitor.Close)
-	floor, err := oomScoreFloor()
+	info, err := d.monitor.Info(ctx)
 	if err != nil {
 		return err
 	}
+	if d.given, err = spec.ProbeHost(info.KeeperPID); err == nil && d.given.MinOOMScoreAdj > -1000 {
+		klog.InfoS("Without CAP_SYS_RESOURCE a container's oom_score_adj is not set below the monitor's", "floor", d.given.MinOOMScoreAdj)
+	}
+	return err
+}
+
+func (d *daemon) openExecutor(context.Context) (err error) {
 	d.exec, err = native.New(native.Config{
-		RunDir: d.cfg.Run, Cgroups: d.cgroups, Monitor: d.monitor, Stats: stats.New(d.cgroups), OOMScoreFloor: floor, CRIU: d.cfg.Runtime.CRIU,
+		RunDir: d.cfg.Run, Cgroups: d.cgroups, Monitor: d.monitor, Stats: stats.New(d.cgroups), OOMScoreFloor: d.given.MinOOMScoreAdj, CRIU: d.cfg.Runtime.CRIU,
 	})
 	if err == nil {
 		d.closers = append(d.closers, d.exec.Close)
@@ -187,29 +197,6 @@ func monitorBinary(configured string) (string, error) {
 		}
 	}
 	return "", errs.New(errs.FailedPrecondition, "naru-monitor is neither beside naru nor in PATH; set runtime.monitor in the configuration")
-}
-
-// oomScoreFloor is the lowest oom_score_adj that this process can give to
-// others: any with CAP_SYS_RESOURCE, else its own.
-func oomScoreFloor() (int, error) {
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&hdr, &data[0]); err != nil {
-		return 0, errs.New(errs.Internal, "capget: %w", err)
-	}
-	if data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0 {
-		return -1000, nil
-	}
-	b, err := os.ReadFile("/proc/self/oom_score_adj")
-	if err != nil {
-		return 0, errs.New(errs.Internal, "read oom_score_adj: %w", err)
-	}
-	v, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil {
-		return 0, errs.New(errs.Internal, "read oom_score_adj: %w", err)
-	}
-	klog.InfoS("Without CAP_SYS_RESOURCE a container's oom_score_adj is not set below our own", "floor", v)
-	return v, nil
 }
 
 func (d *daemon) openImages(ctx context.Context) (err error) {
@@ -249,7 +236,8 @@ func (d *daemon) openPods(context.Context) (err error) {
 		return err
 	}
 	d.pods, err = pod.New(pod.Config{
-		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), Sync: d.cfg.SyncRecs, Handlers: append([]string{"", "naru"}, handlerNames(d.cfg)...), WritableMountpoint: fs.Mountpoint,
+		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), Sync: d.cfg.SyncRecs, SpecHost: d.given,
+		Handlers: append([]string{"", "naru"}, handlerNames(d.cfg)...), WritableMountpoint: fs.Mountpoint,
 	}, pod.Deps{Executor: d.exec, Sandboxes: d.sandbox, Images: d.images, Cgroups: d.cgroups})
 	return err
 }

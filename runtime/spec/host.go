@@ -14,11 +14,11 @@ import (
 	"github.com/naru-project/naru/internal/errs"
 )
 
-// Host is what Build needs to know of the machine and of what the daemon may
-// hand on.
+// Host is what Build needs to know of the machine and of what containers can
+// be given.
 type Host struct {
 	Arch     string   // GOARCH
-	Bounding []string // capabilities of the daemon's bounding set: what "ALL" means
+	Bounding []string // capabilities that can be given: what "ALL" means
 	AppArmor bool
 	SELinux  bool
 	CgroupV2 bool // the unified hierarchy alone
@@ -32,22 +32,24 @@ type Host struct {
 	ProfileLoaded func(name string) bool
 }
 
-// ProbeHost looks at this machine and this process.
-func ProbeHost() (Host, error) {
+// ProbeHost looks at this machine and at the process from which containers
+// inherit (0: this one): they cannot get what it lacks. The daemon itself has
+// given up some of what they may have.
+func ProbeHost(pid int) (Host, error) {
 	h := Host{Arch: goruntime.GOARCH, MaxRlimits: map[string]uint64{}}
-	caps, err := capability.NewPid2(0)
+	caps, err := capability.NewPid2(pid)
 	if err == nil {
 		err = caps.Load()
 	}
 	if err != nil {
-		return h, errs.New(errs.Internal, "read own capabilities: %w", err)
+		return h, errs.New(errs.Internal, "read the capabilities of %s: %w", processName(pid), err)
 	}
 	for _, c := range capability.ListKnown() {
 		if caps.Get(capability.BOUNDING, c) {
 			h.Bounding = append(h.Bounding, "CAP_"+strings.ToUpper(c.String()))
 		}
 	}
-	if err := h.limits(caps.Get(capability.EFFECTIVE, capability.CAP_SYS_RESOURCE)); err != nil {
+	if err := h.limits(pid, caps.Get(capability.EFFECTIVE, capability.CAP_SYS_RESOURCE)); err != nil {
 		return h, err
 	}
 	h.AppArmor = readWord("/sys/module/apparmor/parameters/enabled") == "Y"
@@ -72,12 +74,12 @@ var rlimitNumbers = map[string]int{
 // limits finds the bounds of rlimits and oom_score_adj. Only CAP_SYS_RESOURCE
 // raises a hard limit (setrlimit(2)) or lowers the score below its least value
 // so far (proc_pid_oom_score_adj(5)); fs.nr_open bounds RLIMIT_NOFILE for all.
-func (h *Host) limits(mayRaise bool) error {
+func (h *Host) limits(pid int, mayRaise bool) error {
 	if !mayRaise {
 		for name, nr := range rlimitNumbers {
 			var r unix.Rlimit
-			if err := unix.Getrlimit(nr, &r); err != nil {
-				return errs.New(errs.Internal, "read own %s: %w", name, err)
+			if err := unix.Prlimit(pid, nr, nil, &r); err != nil {
+				return errs.New(errs.Internal, "read %s of %s: %w", name, processName(pid), err)
 			}
 			h.MaxRlimits[name] = r.Max
 		}
@@ -89,13 +91,21 @@ func (h *Host) limits(mayRaise bool) error {
 	}
 	h.MinOOMScoreAdj = -1000
 	if !mayRaise {
-		n, err := strconv.Atoi(readWord("/proc/self/oom_score_adj"))
+		n, err := strconv.Atoi(readWord("/proc/" + processName(pid) + "/oom_score_adj"))
 		if err != nil {
-			return errs.New(errs.Internal, "read own oom_score_adj: %w", err)
+			return errs.New(errs.Internal, "read oom_score_adj of %s: %w", processName(pid), err)
 		}
 		h.MinOOMScoreAdj = n
 	}
 	return nil
+}
+
+// processName is the process's name in /proc.
+func processName(pid int) string {
+	if pid == 0 {
+		return "self"
+	}
+	return strconv.Itoa(pid)
 }
 
 func readWord(path string) string {

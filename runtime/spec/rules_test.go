@@ -227,7 +227,7 @@ func TestHostDevices(t *testing.T) {
 }
 
 func TestProbeHost(t *testing.T) {
-	h, err := ProbeHost()
+	h, err := ProbeHost(0)
 	if err != nil {
 		t.Fatal(err)
 	}
