@@ -1,6 +1,7 @@
 package native
 
 import (
+	"bytes"
 	"encoding/binary"
 	"os"
 	"strings"
@@ -99,9 +100,24 @@ func (l *launch) stdio(in, out, err plan.Arg) {
 	}
 }
 
+// schedule makes the child an ordinary process for the scheduler: policy, nice
+// value, time slice, reset-on-fork. It comes first of all: within a user
+// namespace a priority cannot be raised any more, and a real-time process is
+// not let into a v1 cpu cgroup without a real-time budget.
+func (l *launch) schedule() {
+	attr := make([]byte, 48) // struct sched_attr, SCHED_ATTR_SIZE_VER0; SCHED_OTHER and nice 0 are zero
+	binary.LittleEndian.PutUint32(attr, uint32(len(attr)))
+	// EPERM: a priority to be raised, without CAP_SYS_NICE.
+	l.Sys(plan.StageAttributes, unix.SYS_SCHED_SETATTR, plan.Int(0), plan.Ptr(l.Data(attr)), plan.Int(0)).MayFail(unix.EPERM)
+}
+
+// maxCPUs is the largest CONFIG_NR_CPUS.
+const maxCPUs = 8192
+
 // inheritance resets everything that a process hands down without being asked:
-// limits, signal dispositions, umask, scheduling, timer slack, personality,
-// securebits, keyring, dumpability stays off until execve.
+// limits, signal dispositions, umask, CPUs, IO priority, timer slack, memory
+// policies, personality, securebits, keyring; dumpability stays off until
+// execve. schedule has done the rest.
 func (l *launch) inheritance(p *process) {
 	for _, r := range p.rlimits {
 		b := make([]byte, 16)
@@ -122,9 +138,15 @@ func (l *launch) inheritance(p *process) {
 		}
 	}
 	l.Sys(plan.StageAttributes, unix.SYS_UMASK, plan.Int(p.umask))
-	l.Sys(plan.StageAttributes, unix.SYS_SETPRIORITY, plan.Int(unix.PRIO_PROCESS), plan.Int(0), plan.Int(0)).MayFail(unix.EACCES, unix.EPERM)
+	// All CPUs: the kernel takes those of them that the cgroup allows, now and
+	// when that changes.
+	l.Sys(plan.StageAttributes, unix.SYS_SCHED_SETAFFINITY, plan.Int(0), plan.Int(maxCPUs/8), plan.Ptr(l.Data(bytes.Repeat([]byte{0xff}, maxCPUs/8))))
 	l.Sys(plan.StageAttributes, unix.SYS_IOPRIO_SET, plan.Int(1), plan.Int(0), plan.Int(0)).MayFail()
 	l.Sys(plan.StageAttributes, unix.SYS_PRCTL, plan.Int(unix.PR_SET_TIMERSLACK), plan.Int(sys.DefaultTimerSlack), plan.Int(0), plan.Int(0), plan.Int(0))
+	// NUMA policy, huge pages and samepage merging; a kernel may lack each.
+	l.Sys(plan.StageAttributes, unix.SYS_SET_MEMPOLICY, plan.Int(unix.MPOL_DEFAULT), plan.Int(0), plan.Int(0)).MayFail()
+	l.Sys(plan.StageAttributes, unix.SYS_PRCTL, plan.Int(unix.PR_SET_THP_DISABLE), plan.Int(0), plan.Int(0), plan.Int(0), plan.Int(0)).MayFail()
+	l.Sys(plan.StageAttributes, unix.SYS_PRCTL, plan.Int(unix.PR_SET_MEMORY_MERGE), plan.Int(0), plan.Int(0), plan.Int(0), plan.Int(0)).MayFail()
 	l.Sys(plan.StageAttributes, unix.SYS_PERSONALITY, plan.Int(0))
 	l.Sys(plan.StageAttributes, unix.SYS_PRCTL, plan.Int(unix.PR_SET_SECUREBITS), plan.Int(0), plan.Int(0), plan.Int(0), plan.Int(0)).MayFail(unix.EPERM)
 	if p.keyring != "" {

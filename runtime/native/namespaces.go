@@ -229,6 +229,7 @@ func initPlan(status, gate, bin, user *os.File) *launch {
 	l := newLaunch(status)
 	g, b := l.slot("start gate", gate), l.slot("naru-monitor", bin)
 	l.clone.Parent = true
+	l.schedule()
 	flags := uint64(unix.CLONE_NEWNS | unix.CLONE_NEWPID)
 	if user == nil {
 		l.clone.Flags = flags

@@ -89,6 +89,7 @@ func (l *launch) place(p *process, s startShape, f startFiles, proc plan.Arg) {
 	if s.newPID {
 		flags |= unix.CLONE_NEWPID
 	}
+	l.schedule()
 	l.joinCgroups(f.tasks)
 	l.setOOMScoreAdj(proc, p.oomScoreAdj)
 	l.label(proc, p)
@@ -172,6 +173,7 @@ func joinPlan(p *process, namespaces int, f joinFiles) *launch {
 		l.slot("cgroup", f.cgroup)
 		l.clone.Cgroup = l.Slots() - 1
 	}
+	l.schedule()
 	l.joinCgroups(f.tasks)
 	l.setOOMScoreAdj(proc, p.oomScoreAdj)
 	l.label(proc, p)

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
 )
 
 // Clone says how the child is cloned.
@@ -75,7 +76,12 @@ func Start(plan *os.File, fds []int, c Clone) (pid, pidfd int, err error) {
 	goruntime.LockOSThread()
 	all, old := ^uint64(0), uint64(0)
 	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&all)), uintptr(unsafe.Pointer(&old)), 8, 0, 0)
+	// The slack of this thread becomes the one that the child falls back to when
+	// it asks for the default (PR_SET_TIMERSLACK(2const)): not ours.
+	slack, _, _ := unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_GET_TIMERSLACK, 0, 0, 0, 0, 0)
+	unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_TIMERSLACK, sys.DefaultTimerSlack, 0, 0, 0, 0)
 	n, errno := cloneAndRun(ca, ch)
+	unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_TIMERSLACK, slack, 0, 0, 0, 0)
 	unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&old)), 0, 8, 0, 0)
 	goruntime.UnlockOSThread()
 	goruntime.KeepAlive(plan)
