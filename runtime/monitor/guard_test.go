@@ -211,3 +211,35 @@ func TestPingWithoutKeeper(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestHungWorker: a worker that is stopped is replaced within bounded time; its
+// containers and their logs go on.
+func TestHungWorker(t *testing.T) {
+	n := newNode(t)
+	chat := n.run(chatter(t))
+	old := n.workerPID()
+	begin := time.Now()
+	if err := unix.Kill(old, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for end := begin.Add(40 * time.Second); n.workerPID() == old; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("a stopped worker is not replaced\n%s", n.keeperLog())
+		}
+	}
+	t.Logf("replaced after %v", time.Since(begin))
+	if alive(old) {
+		t.Error("the old worker is there")
+	}
+	_, _ = chat.stdin.WriteString("\n")
+	if x := n.wait(chat.id)[chat.id]; x.Status != 7 {
+		t.Errorf("exit %+v", x)
+	}
+	checkChatter(t, chat)
+	// One that works is left alone.
+	now := n.workerPID()
+	time.Sleep(12 * time.Second)
+	if n.workerPID() != now || strings.Count(n.keeperLog(), "has not answered") != 1 {
+		t.Errorf("a worker that works was replaced\n%s", n.keeperLog())
+	}
+}

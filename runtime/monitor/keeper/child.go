@@ -27,6 +27,8 @@ type workerProc struct {
 	failures         int
 	startAt          time.Time // when to start the next one
 	killAt           time.Time // when an asked one must have ended
+	beat             uint64    // number of the unanswered beat; 0 = none
+	beatAt           time.Time // when to send the next beat, or to give up on this one; zero = never
 	queue            []outgoing
 	polling          bool // EPOLLOUT is asked for
 }
@@ -82,6 +84,7 @@ func (k *keeper) startWorker() error {
 	}
 	w.reset()
 	w.pid, w.pidfd, w.sock, w.started, w.version = pid, pidfd, pair[0], time.Now(), wire.KeeperMax
+	w.beatAt = w.started.Add(beatEvery)
 	if err := k.watchWorker(); err != nil {
 		return err
 	}
@@ -228,6 +231,11 @@ func (k *keeper) readSocket() bool {
 }
 
 func (k *keeper) message(p *wire.Packet) {
+	if p.Kind == wire.KindBeat {
+		k.beaten(p.Req)
+		return
+	}
+	k.worked()
 	var err error
 	switch p.Kind {
 	case wire.KindBegin:

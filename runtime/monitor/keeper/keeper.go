@@ -23,7 +23,8 @@
 //
 // # Life and death
 //
-//   - SIGKILL of the worker: its successor gets the table and goes on.
+//   - SIGKILL of the worker: its successor gets the table and goes on. A worker
+//     that gives no sign of life when asked (stopped, stuck) is killed.
 //   - SIGKILL of the keeper: the worker goes on copying logs; the next keeper
 //     asks it for the table (handover) and adopts the containers. It is not
 //     their parent: their exits are then read from the pidfd (PIDFD_GET_INFO,
@@ -88,6 +89,7 @@ type keeper struct {
 	worker workerProc
 	clones map[uint64]uint64 // number of an announced clone → when, by count
 	count  uint64            // of announced clones
+	beats  uint64            // of signs of life that the worker was asked for
 	zombie map[int]uint64    // unknown dead child → count when it was first seen
 
 	upgrade  *upgrade
@@ -224,9 +226,6 @@ func (k *keeper) handle(ev *unix.EpollEvent) {
 		_, _ = unix.Read(k.wake, b[:])
 		k.onSignals(k.signals.Swap(0))
 	case evSocket:
-		if k.tidyAt.IsZero() {
-			k.tidyAt = time.Now().Add(tidyTime)
-		}
 		if fd == k.worker.sock {
 			k.onSocket(ev.Events)
 		}
@@ -271,6 +270,7 @@ func (k *keeper) timeout() int {
 	}
 	earliest(k.worker.startAt)
 	earliest(k.worker.killAt)
+	earliest(k.worker.beatAt)
 	earliest(k.tidyAt)
 	if k.upgrade != nil {
 		earliest(k.upgrade.deadline)
@@ -303,6 +303,9 @@ func (k *keeper) tick() bool {
 	if due(k.worker.killAt) {
 		k.worker.killAt = time.Time{}
 		k.worker.signal(unix.SIGKILL)
+	}
+	if due(k.worker.beatAt) {
+		k.checkWorker(now)
 	}
 	if k.upgrade != nil && due(k.upgrade.deadline) {
 		k.upgradeFailed(errs.New(errs.DeadlineExceeded, "the new program did not answer in time"))

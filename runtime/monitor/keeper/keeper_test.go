@@ -137,3 +137,93 @@ func TestForeignExit(t *testing.T) {
 		_ = unix.Close(pidfd)
 	}
 }
+
+// beatWorker is a keeper whose worker is a child that does nothing, with the
+// worker's end of its socket.
+func beatWorker(t *testing.T, version uint32) (k *keeper, worker int) {
+	t.Helper()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	k = newKeeper()
+	k.buf = make([]byte, wire.MaxMessage)
+	k.worker.pid, k.worker.sock, k.worker.version = cmd.Process.Pid, pair[0], version
+	if k.worker.pidfd, err = unix.PidfdOpen(cmd.Process.Pid, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		for _, fd := range []int{pair[0], pair[1], k.worker.pidfd} {
+			_ = unix.Close(fd)
+		}
+	})
+	return k, pair[1]
+}
+
+func dead(t *testing.T, pidfd int) bool {
+	t.Helper()
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 200)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n == 1
+}
+
+func TestBeat(t *testing.T) {
+	k, worker := beatWorker(t, beatVersion)
+	buf := make([]byte, 1000)
+	now := time.Now()
+	k.worker.beatAt = now
+	k.checkWorker(now)
+	p, err := wire.RecvRaw(worker, buf)
+	if err != nil || p.Kind != wire.KindBeat || p.Req == 0 {
+		t.Fatalf("message %+v, %v", p, err)
+	}
+	if got := k.worker.beatAt.Sub(now); got != beatPatience {
+		t.Errorf("looks again after %v", got)
+	}
+	// The answer lies in the socket when time is up: it counts.
+	if err := wire.SendRaw(worker, wire.Marshal(wire.KindBeat, p.Req, nil), nil); err != nil {
+		t.Fatal(err)
+	}
+	now = now.Add(beatPatience)
+	k.checkWorker(now)
+	if k.worker.beat != 0 || k.worker.beatAt.IsZero() || dead(t, k.worker.pidfd) || !k.tidyAt.IsZero() {
+		t.Fatalf("after the answer: %+v, tidies at %v", k.worker, k.tidyAt)
+	}
+	// An old answer does not.
+	now = k.worker.beatAt
+	k.checkWorker(now)
+	if err := wire.SendRaw(worker, wire.Marshal(wire.KindBeat, p.Req, nil), nil); err != nil {
+		t.Fatal(err)
+	}
+	// Who looks much too late was stopped itself.
+	now = k.worker.beatAt.Add(beatLate + time.Second)
+	k.checkWorker(now)
+	if k.worker.beat == 0 || dead(t, k.worker.pidfd) {
+		t.Fatalf("killed too early: %+v", k.worker)
+	}
+	k.checkWorker(k.worker.beatAt)
+	if !dead(t, k.worker.pidfd) {
+		t.Error("a worker without a sign of life lives")
+	}
+}
+
+// A worker of an older release does not know the question.
+func TestBeatOldWorker(t *testing.T) {
+	k, worker := beatWorker(t, beatVersion-1)
+	k.worker.beatAt = time.Now()
+	k.checkWorker(k.worker.beatAt)
+	if _, err := wire.RecvRaw(worker, make([]byte, 100)); err != unix.EAGAIN {
+		t.Errorf("it was asked: %v", err)
+	}
+	if !k.worker.beatAt.IsZero() {
+		t.Error("it is looked at again")
+	}
+}

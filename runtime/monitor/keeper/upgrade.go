@@ -274,6 +274,7 @@ func (k *keeper) resume(table int) error {
 		return k.startWorker()
 	}
 	k.worker.started = time.Now()
+	k.worker.beatAt = k.worker.started.Add(beatEvery)
 	if err := k.watchWorker(); err != nil {
 		return err
 	}

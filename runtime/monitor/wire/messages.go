@@ -7,7 +7,7 @@ const (
 	ClientMin = 1 // daemon ↔ worker
 	ClientMax = 1
 	KeeperMin = 1 // keeper ↔ worker
-	KeeperMax = 1
+	KeeperMax = 2 // 2: KindBeat is answered
 	TableMin  = 1 // what a keeper leaves to the next one
 	TableMax  = 1
 )
@@ -54,6 +54,7 @@ const (
 	KindWorkerUp                    // the worker serves
 	KindRestart                     // the worker asks to be replaced
 	KindListener                    // handover: the listening socket
+	KindBeat                        // the keeper asks for a sign of life; the worker sends the same back
 )
 
 // The files kept for a container, in the order in which they travel.

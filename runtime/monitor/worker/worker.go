@@ -171,6 +171,8 @@ func (w *worker) readKeeper(buf []byte) {
 			w.onExit(&p)
 		case wire.KindAck:
 			w.link.acked(&p)
+		case wire.KindBeat:
+			_ = w.link.send(wire.KindBeat, p.Req, nil, nil)
 		}
 		p.Close()
 	}
