@@ -50,8 +50,10 @@ type Executor interface {
 	Checkpoint(ctx context.Context, c *runtime.Container, dir string) error
 	// EnsurePodCgroup makes the pod's cgroup parent if it is not there, and
 	// RemovePodCgroup removes it if Naru made it and it is empty.
+	// SweepPodCgroups does that with all parents but the known ones.
 	EnsurePodCgroup(ctx context.Context, parent string) error
 	RemovePodCgroup(ctx context.Context, parent string) error
+	SweepPodCgroups(ctx context.Context, known []string) error
 	// Stats reads from the shared sampler; see runtime/stats.
 	Stats(ctx context.Context, cgroup string) (*runtime.Stats, error)
 	// DetailedStats is Stats with Details; first is the pid of the container's first process.

@@ -438,8 +438,10 @@ func (m *Manager) release(ctx context.Context, p *podEntry) error {
 // sweep removes what belongs to nobody.
 func (m *Manager) sweep(ctx context.Context, r *Report) {
 	pods, ctrs := make(map[string]bool), make(map[string]bool)
+	var parents []string
 	for _, p := range *m.table.allPods.Load() {
 		pods[p.id] = true
+		parents = append(parents, p.snap.Load().Config.CgroupParent)
 	}
 	for _, c := range *m.table.allCtrs.Load() {
 		ctrs[c.id] = true
@@ -451,6 +453,7 @@ func (m *Manager) sweep(ctx context.Context, r *Report) {
 		{"sandboxes", func(ctx context.Context) error { return m.deps.Sandboxes.Sweep(ctx, pods) }},
 		{"writable layers", func(ctx context.Context) error { return m.deps.Images.Sweep(ctx, ctrs) }},
 		{"specs", func(context.Context) error { return m.specs.sweep(ctrs) }},
+		{"cgroups of pods", func(ctx context.Context) error { return m.deps.Executor.SweepPodCgroups(ctx, parents) }},
 	} {
 		ctx, cancel := detach(ctx, m.cfg.UndoTimeout, "sweep "+s.what)
 		if err := s.do(ctx); err != nil {

@@ -216,6 +216,17 @@ func (x executor) RemovePodCgroup(ctx context.Context, parent string) error {
 	})
 }
 
+func (x executor) SweepPodCgroups(ctx context.Context, known []string) error {
+	return x.l.call(ctx, "Executor.SweepPodCgroups", func() error {
+		for parent := range x.l.w.cgroups {
+			if !slices.Contains(known, parent) {
+				delete(x.l.w.cgroups, parent)
+			}
+		}
+		return nil
+	})
+}
+
 func (x executor) Stats(ctx context.Context, cgroup string) (s *runtime.Stats, err error) {
 	err = x.l.call(ctx, "Executor.Stats", func() error {
 		s = &runtime.Stats{Time: time.Now(), CPU: &runtime.CPUStats{Usage: 1}, Pids: &runtime.PidsStats{Current: 3}}

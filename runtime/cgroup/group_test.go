@@ -511,6 +511,59 @@ func TestParentMarks(t *testing.T) {
 	wantClass(t, again.EnsurePod(bg, "/../x"), errs.InvalidArgument)
 }
 
+// TestSweep: parents of pods that are not known any more go, with what was made
+// above them; those of known pods, of others, and those with something in them
+// stay.
+func TestSweep(t *testing.T) {
+	d, parent := hostDriver(t)
+	base := parentOf(parent)
+	lost, deep, busy, kept := base+"/lost", base+"/deep/er", base+"/busy", base+"/kept/below"
+	for _, p := range []string{lost, deep, busy, kept} {
+		if err := d.EnsurePod(bg, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	foreign, inside := base+"/foreign", busy+"/inside"
+	for _, p := range []string{foreign, inside} {
+		if err := unix.Mkdirat(d.hier[0].fd, p[1:], 0o755); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = unix.Unlinkat(d.hier[0].fd, p[1:], unix.AT_REMOVEDIR) }()
+	}
+	cut := d.marks.file("/cut")
+	if err := os.WriteFile(cut, []byte("/cut"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	again, err := New(Config{Driver: DriverCgroupfs, StateDir: d.marks.dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if err := again.Sweep(bg, []string{kept, "/never/made"}); err != nil {
+		t.Fatal(err)
+	}
+	for p, want := range map[string]bool{lost: false, deep: false, parentOf(deep): false, busy: true, inside: true, kept: true, parentOf(kept): true, foreign: true} {
+		if got := exists(d.hier[0].fd, p[1:]); got != want {
+			t.Errorf("%s is there: %v, want %v", p, got, want)
+		}
+	}
+	if _, err := os.Stat(cut); err == nil {
+		t.Error("a mark that was cut short is there")
+	}
+	for _, p := range []string{inside, foreign} {
+		if err := unix.Unlinkat(d.hier[0].fd, p[1:], unix.AT_REMOVEDIR); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := again.Sweep(bg, nil); err != nil {
+		t.Fatal(err)
+	}
+	if e, _ := os.ReadDir(d.marks.dir); len(e) != 0 || len(d.missing(base[1:])) != len(d.hier) {
+		t.Errorf("%d marks left, the base is there: %v", len(e), len(d.missing(base[1:])) != len(d.hier))
+	}
+	wantClass(t, again.Sweep(bg, []string{"/../x"}), errs.InvalidArgument)
+}
+
 // TestParentRace: pods come and go below one parent of ours.
 func TestParentRace(t *testing.T) {
 	d, parent := hostDriver(t)

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -74,6 +75,36 @@ func (m *marks) put(path string, names []string) error {
 		return errs.New(errs.Internal, "note cgroup parent %s: %w", path, err)
 	}
 	return nil
+}
+
+// all returns the paths of all marks. What is no mark any more, because a crash
+// cut it short, is removed. mu is held.
+func (m *marks) all() ([]string, error) {
+	if m.dir == "" {
+		return slices.Collect(maps.Keys(m.mem)), nil
+	}
+	list, err := os.ReadDir(m.dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, errs.New(errs.Internal, "list cgroup parents: %w", err)
+	}
+	var paths []string
+	for _, e := range list {
+		file := filepath.Join(m.dir, e.Name())
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return nil, errs.New(errs.Internal, "read the mark of a cgroup parent: %w", err)
+		}
+		path, rest, _ := strings.Cut(string(b), "\n")
+		if m.file(path) != file || len(strings.Fields(rest)) == 0 || !strings.HasPrefix(path, "/") {
+			_ = os.Remove(file)
+			continue
+		}
+		paths = append(paths, path)
+	}
+	return paths, nil
 }
 
 func (m *marks) file(path string) string {
@@ -172,6 +203,10 @@ func (d *Driver) RemovePod(ctx context.Context, parent string) error {
 	if err != nil {
 		return err
 	}
+	return d.removeParent(ctx, path)
+}
+
+func (d *Driver) removeParent(ctx context.Context, path string) error {
 	if d.systemd {
 		return d.removeSlice(ctx, path)
 	}
@@ -200,6 +235,36 @@ func (d *Driver) tryRemove(path string) error {
 		}
 	}
 	return nil
+}
+
+// Sweep removes the parents that Naru made for pods that nobody knows any more.
+// known are the parents of those that are, as CRI spells them. A parent with
+// anything in it stays.
+func (d *Driver) Sweep(ctx context.Context, known []string) error {
+	keep := map[string]bool{}
+	for _, parent := range known {
+		path, err := d.ParentPath(parent)
+		if err != nil {
+			return err
+		}
+		for ; path != "/"; path = parentOf(path) {
+			keep[path] = true
+		}
+	}
+	d.marks.mu.Lock()
+	paths, err := d.marks.all()
+	d.marks.mu.Unlock()
+	slices.Sort(paths)
+	all := []error{err}
+	for _, path := range slices.Backward(paths) { // what is below comes first
+		if keep[path] {
+			continue
+		}
+		if err := d.removeParent(ctx, path); err != nil && !errs.Is(err, errs.FailedPrecondition) {
+			all = append(all, err)
+		}
+	}
+	return errors.Join(all...)
 }
 
 // removeMarked removes one folder where it is ours. marks.mu is held.

@@ -196,6 +196,9 @@ func TestSystemdForeignSlice(t *testing.T) {
 	if err := d.RemovePod(bg, "k.slice"); err != nil {
 		t.Fatal(err)
 	}
+	if err := d.Sweep(bg, nil); err != nil {
+		t.Fatal(err)
+	}
 	if len(f.calls) != 0 || !exists(d.unified.fd, "k.slice") {
 		t.Errorf("touched: %q", f.calls)
 	}

@@ -126,6 +126,12 @@ func (x *Executor) RemovePodCgroup(ctx context.Context, parent string) error {
 	return x.cfg.Cgroups.RemovePod(ctx, parent)
 }
 
+// SweepPodCgroups removes what EnsurePodCgroup made for pods that are not known
+// any more.
+func (x *Executor) SweepPodCgroups(ctx context.Context, known []string) error {
+	return x.cfg.Cgroups.Sweep(ctx, known)
+}
+
 // Stats answers from the shared sampler.
 func (x *Executor) Stats(ctx context.Context, path string) (*runtime.Stats, error) {
 	return x.cfg.Stats.Get(ctx, path)

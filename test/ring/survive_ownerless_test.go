@@ -132,9 +132,11 @@ func TestSurviveLostRecords(t *testing.T) {
 	both := run(31002, criv1.NamespaceMode_POD)        // pod and container are lost
 	ofPod := run(31003, criv1.NamespaceMode_CONTAINER) // the pod's is damaged
 	ofCtr := run(31004, criv1.NamespaceMode_CONTAINER) // the container's is damaged
+	// One that never had a container: nothing but its cgroup tells of it.
+	empty := n.Pod(t, func(c *criv1.PodSandboxConfig) { c.Linux.CgroupParent = n.Parent + "/" + c.Metadata.Name })
 	record := func(kind, id string) string { return n.Root + "/state/" + kind + "/" + id + ".json" }
 	n.KillDaemon()
-	for _, p := range []string{record("pods", both.pod), record("containers", both.id)} {
+	for _, p := range []string{record("pods", both.pod), record("containers", both.id), record("pods", empty)} {
 		if err := os.Remove(p); err != nil {
 			t.Fatal(err)
 		}
