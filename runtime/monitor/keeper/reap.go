@@ -70,11 +70,14 @@ func (k *keeper) exited(e *entry) {
 	}
 	pidfd := e.fds[wire.FDPid]
 	var x *wire.Exit
+	held := false
 	if !e.Adopted {
 		si, err := waitid(pPidfd, pidfd, unix.WNOWAIT)
 		switch {
 		case err == nil && si.pid == 0:
-			return // not dead
+			if x, held = heldExit(e); !held {
+				return // not dead
+			}
 		case err == nil:
 			x = si.exit(e.ID)
 		}
@@ -87,12 +90,28 @@ func (k *keeper) exited(e *entry) {
 	k.writeExit(x)
 	e.Exit, e.recheck = x, time.Time{}
 	k.tell(wire.KindExit, 0, x, nil)
-	if !e.Adopted {
+	if !e.Adopted && !held {
 		_, _ = waitid(pPidfd, pidfd, 0)
 	}
-	delete(k.pids, e.PID)
+	delete(k.pids, e.PID) // one that is held is reaped as an orphan when it is let go
 	delete(k.pidfds, pidfd)
 	k.remove(pidfd)
+}
+
+// heldExit finds how a child ended that is dead and yet not ours to reap: a
+// process of its pod traces it, and the kernel keeps a zombie for its tracer
+// first (ptrace(2)). The tracer may never wait for it.
+func heldExit(e *entry) (*wire.Exit, bool) {
+	pidfd := e.fds[wire.FDPid]
+	p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(p, 0); err != nil || n == 0 {
+		return nil, false
+	}
+	ws, ok := zombieStatus(e.PID, pidfd)
+	if !ok {
+		return nil, false
+	}
+	return setWaitStatus(&wire.Exit{ID: e.ID, PID: e.PID, Time: time.Now().UnixNano()}, ws), true
 }
 
 // foreignPatience is how long a dead container that is not our child may wait

@@ -290,7 +290,7 @@ func (w *worker) delete(id string, force bool) error {
 		select {
 		case <-c.ended:
 		case <-time.After(deleteTime):
-			return errs.New(errs.DeadlineExceeded, "container %s was killed and did not end within %v", id, deleteTime)
+			return errs.New(errs.DeadlineExceeded, "container %s was killed and did not end within %v: %s", id, deleteTime, whatKeeps(c.pid))
 		}
 	}
 	if c.out != nil {
