@@ -27,7 +27,7 @@ func DropCapabilities(mask uint64) error {
 			continue // the kernel does not know it, or it is gone already
 		}
 		if _, _, e := syscall.AllThreadsSyscall(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, uintptr(c), 0); e != 0 {
-			return fmt.Errorf("drop capability %d from the bounding set of all threads: %w", c, e)
+			return fmt.Errorf("drop capability %d from the bounding set of all threads (it takes a program built with CGO_ENABLED=0): %w", c, e)
 		}
 	}
 	for i := range data {

@@ -25,8 +25,9 @@
 //
 //   - SIGKILL of the worker: its successor gets the table and goes on. A worker
 //     that gives no sign of life when asked (stopped, stuck) is killed.
-//   - SIGKILL of the keeper: the worker goes on copying logs; the next keeper
-//     asks it for the table (handover) and adopts the containers. It is not
+//   - SIGKILL of the keeper: the worker goes on copying logs; the next keeper,
+//     which an init system or a guard (Guard) starts, asks it for the table
+//     (handover) and adopts the containers. It is not
 //     their parent: their exits are then read from the pidfd (PIDFD_GET_INFO,
 //     Linux 6.15), from the zombie in /proc, or reported as unknown.
 //   - SIGTERM: with no living container the keeper ends; else it stays and says
