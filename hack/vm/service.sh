@@ -79,6 +79,20 @@ sleep 1
 [ "$(crictl exec --sync "$container" echo there)" = there ] || die "no exec after the keeper replaced itself"
 wait_running || die "the container did not survive the keeper's execve"
 say "survived the keeper's execve in place (systemctl reload naru-monitor)"
+# The daemon has given up what it does not need; the keeper has not, and while
+# systemd starts the next one, a daemon that starts waits for that.
+daemon=$(systemctl show -p MainPID --value naru)
+[ "$(awk '/^Seccomp:/ {print $2}' "/proc/$daemon/status" "/proc/$keeper/status" | tr -d '\n')" = 20 ] || die "the daemon has no filter, or the keeper has one"
+[ "$(awk '/^CapBnd:/ {print $2}' "/proc/$daemon/status")" != "$(awk '/^CapBnd:/ {print $2}' "/proc/$keeper/status")" ] || die "the daemon has all capabilities"
+[ "$(cat "/proc/$daemon/oom_score_adj")" = -999 ] || die "oom_score_adj of the daemon is $(cat "/proc/$daemon/oom_score_adj")"
+kill -KILL "$keeper"
+systemctl restart naru || die "restart without a keeper"
+wait_running || die "the container did not survive SIGKILL of the keeper"
+next=$(systemctl show -p MainPID --value naru-monitor)
+[ "$next" != "$keeper" ] && [ "$(systemctl is-active naru-monitor)" = active ] || die "systemd started no other keeper"
+[ "$(pgrep -fc '^naru-monitor keeper')" = 1 ] || die "there are several keepers: $(pgrep -fa '^naru-monitor')"
+[ "$(crictl exec --sync "$container" echo there)" = there ] || die "no exec after SIGKILL of the keeper"
+say "survived SIGKILL of the keeper, with a restart of the daemon meanwhile"
 systemctl daemon-reload
 running || die "the container did not survive daemon-reload"
 

@@ -58,6 +58,14 @@ func checkPosture(t testing.TB, what string, pid int, caps uint64, seccomp strin
 			t.Errorf("%s, thread %s: the umask is %s", what, m["Pid"], m["Umask"])
 		}
 	}
+	// Lowered where that may be done, else as it was inherited.
+	want := strings.TrimSpace(string(mustRead(t, "/proc/self/oom_score_adj")))
+	if caps&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+		want = "-999"
+	}
+	if got := strings.TrimSpace(string(mustRead(t, fmt.Sprintf("/proc/%d/oom_score_adj", pid)))); got != want {
+		t.Errorf("%s: oom_score_adj is %s, want %s", what, got, want)
+	}
 }
 
 // keepersOf lists the processes of the node's keeper: itself and its guard.
