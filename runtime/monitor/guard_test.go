@@ -66,6 +66,29 @@ func TestGuard(t *testing.T) {
 	}
 }
 
+// Told to end at any moment, guard and keeper end.
+func TestGuardEndsEarly(t *testing.T) {
+	n := newNode(t)
+	for i := range 12 {
+		m := *n
+		m.dir = filepath.Join(t.TempDir(), "m")
+		m.startKeeper("--guard")
+		time.Sleep(time.Duration(i*5) * time.Millisecond)
+		_ = m.cmd.Process.Signal(unix.SIGTERM)
+		done := make(chan struct{})
+		go func() {
+			_ = m.cmd.Wait() // the guard itself may not listen yet
+			close(done)
+		}()
+		select {
+		case <-done:
+		case <-time.After(10 * time.Second):
+			_ = m.cmd.Process.Kill()
+			t.Fatalf("SIGTERM after %d ms: the guard does not end\n%s", i*5, m.keeperLog())
+		}
+	}
+}
+
 // A keeper that cannot even begin is not tried for ever.
 func TestGuardGivesUp(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")

@@ -52,6 +52,9 @@ func Guard(o Options) error {
 			if code := s.ExitCode(); code == 0 || code == ExitBusy || code == 1 && first && time.Since(began) < time.Second {
 				return ended(code)
 			}
+			if ws, ok := s.Sys().(syscall.WaitStatus); ok && ws.Signal() == unix.SIGTERM {
+				return nil // it was told to end before it could listen
+			}
 			st = s.String()
 		}
 		if time.Since(began) > 10*time.Second {
