@@ -37,7 +37,7 @@ var calls = []struct {
 	name string
 	nr   uintptr
 	args [3]uintptr
-	want unix.Errno
+	want unix.Errno // 0: goes through, and fails as the kernel likes
 }{
 	{"reboot", unix.SYS_REBOOT, [3]uintptr{1, 2, 3}, unix.EPERM},                 // EINVAL
 	{"init_module", unix.SYS_INIT_MODULE, [3]uintptr{}, unix.EPERM},              // EFAULT
@@ -50,8 +50,8 @@ var calls = []struct {
 	{"execveat", unix.SYS_EXECVEAT, [3]uintptr{^uintptr(0), 8}, unix.EPERM},      // EFAULT
 	{"bpf-map", unix.SYS_BPF, [3]uintptr{unix.BPF_MAP_CREATE}, unix.EPERM},       // EINVAL
 	{"bpf-unknown", unix.SYS_BPF, [3]uintptr{9999}, unix.EPERM},                  // EINVAL
-	{"bpf-prog-load", unix.SYS_BPF, [3]uintptr{unix.BPF_PROG_LOAD}, unix.E2BIG},  // goes through
-	{"bpf-attach", unix.SYS_BPF, [3]uintptr{unix.BPF_PROG_ATTACH}, unix.EINVAL},  // goes through
+	{"bpf-prog-load", unix.SYS_BPF, [3]uintptr{unix.BPF_PROG_LOAD}, 0},           // goes through
+	{"bpf-attach", unix.SYS_BPF, [3]uintptr{unix.BPF_PROG_ATTACH}, 0},            // goes through
 	{"setns", unix.SYS_SETNS, [3]uintptr{^uintptr(0)}, unix.EBADF},               // goes through
 	{"pidfd_getfd", unix.SYS_PIDFD_GETFD, [3]uintptr{^uintptr(0)}, unix.EBADF},   // goes through
 	{"io_uring_setup", unix.SYS_IO_URING_SETUP, [3]uintptr{1, 8, 0}, unix.EPERM}, // EFAULT
@@ -153,7 +153,7 @@ func TestOwnFilter(t *testing.T) {
 		}
 	}
 	for _, c := range calls {
-		if got[c.name] != c.want {
+		if got[c.name] != c.want && (c.want != 0 || got[c.name] == unix.EPERM) {
 			t.Errorf("%s answers %v, want %v", c.name, got[c.name], c.want)
 		}
 	}
