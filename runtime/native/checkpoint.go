@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	osexec "os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -66,15 +65,11 @@ func (x *Executor) Checkpoint(ctx context.Context, c *runtime.Container, dir str
 	for _, e := range external {
 		args = append(args, "--external", e)
 	}
-	cmd := osexec.CommandContext(ctx, x.cfg.CRIU, args...)
-	cmd.Dir, cmd.Env = "/", []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
-	cmd.WaitDelay = criuGrace
-	if err := cmd.Run(); err != nil {
+	if err := x.runProgram(ctx, criuGrace, append([]string{x.cfg.CRIU}, args...)); err != nil {
 		switch {
 		case ctx.Err() != nil:
 			return fail(errs.Of(ctx.Err()), "%w", context.Cause(ctx))
-		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, osexec.ErrNotFound):
+		case errors.Is(err, fs.ErrNotExist):
 			return fail(errs.FailedPrecondition, "runtime.criu names %s, which is not there", x.cfg.CRIU)
 		}
 		return fail(errs.Internal, "criu dump: %w: %s", err, criuErrors(filepath.Join(dir, dumpLog)))
