@@ -30,7 +30,7 @@ type lyingRegistry struct {
 	types   map[string]string
 }
 
-func newLyingRegistry(t *testing.T) *lyingRegistry {
+func newLyingRegistry(t testing.TB) *lyingRegistry {
 	r := &lyingRegistry{answers: map[string][]byte{}, types: map[string]string{}}
 	r.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		b, ok := r.answers[q.URL.Path]

@@ -56,6 +56,7 @@ type Node struct {
 	pods    map[string]*criv1.PodSandboxConfig
 	names   atomic.Int64
 	started time.Time
+	dropper dropper // takes fields out of requests
 }
 
 type options struct {
@@ -213,7 +214,8 @@ func (n *Node) dial() {
 	var err error
 	n.Conn, err = grpc.NewClient("unix://"+n.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}),
-		grpc.WithDefaultCallOptions(grpc.WaitForReady(true), grpc.MaxCallRecvMsgSize(64<<20)))
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(true), grpc.MaxCallRecvMsgSize(64<<20)),
+		grpc.WithUnaryInterceptor(n.dropper.unary), grpc.WithStreamInterceptor(n.dropper.stream))
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -113,7 +113,7 @@ func teller(t *testing.T, addr string, in func(func() error)) (port int) {
 }
 
 // echoUDP is a UDP server in the pod.
-func (n *Node) echoUDP(t *testing.T, pod string, port int) {
+func (n *Node) echoUDP(t testing.TB, pod string, port int) {
 	t.Helper()
 	var c net.PacketConn
 	n.inPod(t, pod, func() (err error) { c, err = net.ListenPacket("udp", ":"+strconv.Itoa(port)); return err })

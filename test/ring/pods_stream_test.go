@@ -220,7 +220,7 @@ func TestPodAttach(t *testing.T) {
 }
 
 // forwarded opens one connection by the port-forward session.
-func forwarded(t *testing.T, c httpstream.Connection, port, request int) (data, errs httpstream.Stream) {
+func forwarded(t testing.TB, c httpstream.Connection, port, request int) (data, errs httpstream.Stream) {
 	t.Helper()
 	h := http.Header{}
 	h.Set(portforward.PortHeader, strconv.Itoa(port))
