@@ -159,8 +159,13 @@ func (g *Group) applyMemoryV1(t *txn, h *hierarchy, r *runtime.Resources, update
 		}
 	} else if memsw == 0 {
 		memsw = limit // no swap unless asked for
+	} else if limit == 0 {
+		limit = -1 // not said: a new cgroup has none
 	}
-	if memsw != -1 && (limit == -1 || memsw < limit) {
+	if memsw != -1 && limit == -1 {
+		return errs.New(errs.InvalidArgument, "memory+swap limit %d bytes without a memory limit", memsw)
+	}
+	if memsw != -1 && memsw < limit {
 		return errs.New(errs.InvalidArgument, "memory+swap limit %d is below the memory limit %d: it counts both", memsw, limit)
 	}
 	order := []write{{file: limitFile, value: itoa(limit)}}

@@ -90,6 +90,20 @@ func TestCreateLimitsV1(t *testing.T) {
 	}
 }
 
+// A limit of memory and swap together says nothing of memory alone, and never
+// that it is zero.
+func TestCreateSwapLimitAloneV1(t *testing.T) {
+	d, parent := hostDriver(t)
+	needV1(t, d)
+	g := create(t, d, parent, "c1", runtime.Resources{MemorySwap: -1})
+	unlimited := fileOf(t, create(t, d, parent, "c2", runtime.Resources{}), "memory", limitV1)
+	if got := fileOf(t, g, "memory", limitV1); got != unlimited {
+		t.Errorf("%s is %s, want %s", limitV1, got, unlimited)
+	}
+	_, err := d.Create(bg, mustPath(t, d, parent, "c3"), runtime.Resources{MemorySwap: 64 << 20}, nil, Options{})
+	wantClass(t, err, errs.InvalidArgument)
+}
+
 func b2i(b bool) int {
 	if b {
 		return 1
