@@ -20,6 +20,9 @@ func (s *Server) containerConfig(c *criv1.ContainerConfig, sandbox *pod.SandboxC
 	if c.GetImage().GetImage() == "" {
 		return nil, invalid("config.image.image is empty")
 	}
+	if err := s.checkHandler(c.GetImage().GetRuntimeHandler()); err != nil {
+		return nil, err
+	}
 	out := &pod.ContainerConfig{
 		Metadata:         pod.ContainerMetadata{Name: c.GetMetadata().GetName(), Attempt: c.GetMetadata().GetAttempt()},
 		Image:            c.GetImage().GetImage(),

@@ -78,8 +78,10 @@ func (s *Server) sortedContainers(f pod.Filter) []*pod.Container {
 
 // listImages lists all images, or the one that the filter names.
 func (s *Server) listImages(f *criv1.ImageFilter) ([]*criv1.Image, error) {
-	ref := f.GetImage().GetImage()
-	if ref != "" {
+	if err := s.checkHandler(f.GetImage().GetRuntimeHandler()); err != nil {
+		return nil, err
+	}
+	if f.GetImage().GetImage() != "" {
 		image, err := s.resolveImage(f.GetImage())
 		if image == nil || err != nil {
 			return nil, err
@@ -92,7 +94,7 @@ func (s *Server) listImages(f *criv1.ImageFilter) ([]*criv1.Image, error) {
 
 // resolveImage finds an image; nil without an error when it is absent.
 func (s *Server) resolveImage(spec *criv1.ImageSpec) (*images.Image, error) {
-	ref, err := imageRef(spec)
+	ref, err := s.imageRef(spec)
 	if err != nil {
 		return nil, err
 	}

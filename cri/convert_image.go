@@ -10,11 +10,15 @@ import (
 	"github.com/naru-project/naru/images"
 )
 
-// imageRef checks the name of an image in a request.
-func imageRef(spec *criv1.ImageSpec) (string, error) {
+// imageRef checks the name of an image in a request. Images are the same for
+// all runtime handlers, yet api.proto wants an unknown one refused.
+func (s *Server) imageRef(spec *criv1.ImageSpec) (string, error) {
 	ref := spec.GetImage()
 	if ref == "" {
 		return "", invalid("image.image is empty")
+	}
+	if err := s.checkHandler(spec.GetRuntimeHandler()); err != nil {
+		return "", err
 	}
 	return ref, checkLine("image.image", ref)
 }

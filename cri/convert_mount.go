@@ -47,6 +47,9 @@ func (s *Server) mount(m *criv1.Mount) (pod.Mount, error) {
 	if err := checkMountSource(m, &out); err != nil {
 		return out, err
 	}
+	if err := s.checkHandler(m.GetImage().GetRuntimeHandler()); err != nil {
+		return out, err
+	}
 	if err := s.checkRecursiveReadonly(&out); err != nil {
 		return out, err
 	}

@@ -10,7 +10,7 @@ import (
 // in Image.id and ContainerStatus.image_id. Errors pass as they are: kubelet
 // looks at how their text begins.
 func (s *Server) PullImage(ctx context.Context, req *criv1.PullImageRequest) (*criv1.PullImageResponse, error) {
-	ref, err := imageRef(req.GetImage())
+	ref, err := s.imageRef(req.GetImage())
 	if err != nil {
 		return nil, err
 	}

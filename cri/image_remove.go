@@ -9,7 +9,7 @@ import (
 // RemoveImage implements ImageService. It removes the image with all its names
 // and succeeds on an absent one.
 func (s *Server) RemoveImage(ctx context.Context, req *criv1.RemoveImageRequest) (*criv1.RemoveImageResponse, error) {
-	ref, err := imageRef(req.GetImage())
+	ref, err := s.imageRef(req.GetImage())
 	if err != nil {
 		return nil, err
 	}

@@ -232,6 +232,56 @@ func TestImages(t *testing.T) {
 	}
 }
 
+// TestImageRuntimeHandler: "If the runtime handler is unknown, the request
+// should be rejected" (api.proto, ImageSpec).
+func TestImageRuntimeHandler(t *testing.T) {
+	s, _, store := newTestServer()
+	store.list = testImages()
+	s.cfg.Handlers = []string{"runc"}
+	container := func(i *criv1.ImageSpec) *criv1.ContainerConfig {
+		return &criv1.ContainerConfig{Metadata: &criv1.ContainerMetadata{Name: "n"}, Image: i}
+	}
+	for name, call := range map[string]func(*criv1.ImageSpec) error{
+		"PullImage": func(i *criv1.ImageSpec) error {
+			_, err := s.PullImage(t.Context(), &criv1.PullImageRequest{Image: i})
+			return err
+		},
+		"ImageStatus": func(i *criv1.ImageSpec) error {
+			_, err := s.ImageStatus(t.Context(), &criv1.ImageStatusRequest{Image: i})
+			return err
+		},
+		"RemoveImage": func(i *criv1.ImageSpec) error {
+			_, err := s.RemoveImage(t.Context(), &criv1.RemoveImageRequest{Image: i})
+			return err
+		},
+		"ListImages": func(i *criv1.ImageSpec) error {
+			_, err := s.ListImages(t.Context(), &criv1.ListImagesRequest{Filter: &criv1.ImageFilter{Image: i}})
+			return err
+		},
+		"ListImages of all": func(i *criv1.ImageSpec) error {
+			i.Image = ""
+			_, err := s.ListImages(t.Context(), &criv1.ListImagesRequest{Filter: &criv1.ImageFilter{Image: i}})
+			return err
+		},
+		"CreateContainer": func(i *criv1.ImageSpec) error { return create(s, t, container(i)) },
+		"an image volume": func(i *criv1.ImageSpec) error {
+			c := container(&criv1.ImageSpec{Image: "sha256:a"})
+			c.Mounts = []*criv1.Mount{{ContainerPath: "/v", Image: i}}
+			return create(s, t, c)
+		},
+	} {
+		for _, handler := range []string{"", "naru", "runc"} {
+			if err := call(&criv1.ImageSpec{Image: "sha256:a", RuntimeHandler: handler}); err != nil {
+				t.Errorf("%s with handler %q: %v", name, handler, err)
+			}
+		}
+		err := call(&criv1.ImageSpec{Image: "sha256:a", RuntimeHandler: "kata"})
+		if !errs.Is(err, errs.InvalidArgument) || !strings.Contains(err.Error(), `runtime_handler "kata"`) {
+			t.Errorf("%s with an unknown handler: %v", name, err)
+		}
+	}
+}
+
 func TestPull(t *testing.T) {
 	s, _, store := newTestServer()
 	c := criv1.NewImageServiceClient(serve(t, s))
