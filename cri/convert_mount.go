@@ -39,6 +39,8 @@ func (s *Server) mount(m *criv1.Mount) (pod.Mount, error) {
 		Propagation:       propagation,
 		SelinuxRelabel:    m.GetSelinuxRelabel(),
 		Image:             m.GetImage().GetImage(),
+		UserImage:         m.GetImage().GetUserSpecifiedImage(),
+		ImageAnnotations:  m.GetImage().GetAnnotations(),
 		ImageSubPath:      m.GetImageSubPath(),
 	}
 	if err := checkAbs("config.mounts.container_path", out.ContainerPath); err != nil {
@@ -127,7 +129,7 @@ func criMounts(in []pod.Mount) []*criv1.Mount {
 			MountOptions:      m.Options,
 		}
 		if m.Image != "" {
-			c.Image = &criv1.ImageSpec{Image: m.Image, ImageRef: m.ImageRef}
+			c.Image = &criv1.ImageSpec{Image: m.Image, UserSpecifiedImage: m.UserImage, Annotations: m.ImageAnnotations, ImageRef: m.ImageRef}
 		}
 		out = append(out, c)
 	}

@@ -36,18 +36,20 @@ type IDMap = namespaces.IDMap
 
 // Mount is one volume of a container (CRI Mount).
 type Mount struct {
-	ContainerPath     string      `json:"container_path"`
-	HostPath          string      `json:"host_path,omitempty"`
-	Readonly          bool        `json:"readonly,omitempty"`
-	RecursiveReadonly bool        `json:"recursive_readonly,omitempty"`
-	Propagation       Propagation `json:"propagation,omitempty"`
-	SelinuxRelabel    bool        `json:"selinux_relabel,omitempty"`
-	UIDMap            []IDMap     `json:"uid_map,omitempty"`
-	GIDMap            []IDMap     `json:"gid_map,omitempty"`
-	Options           []string    `json:"options,omitempty"` // noexec, nodev, nosuid (CRI 0.37 mount_options)
-	Image             string      `json:"image,omitempty"`   // image volume: the image's reference or ID
-	ImageSubPath      string      `json:"image_sub_path,omitempty"`
-	ImageRef          string      `json:"image_ref,omitempty"` // what Image was resolved to (config digest)
+	ContainerPath     string            `json:"container_path"`
+	HostPath          string            `json:"host_path,omitempty"`
+	Readonly          bool              `json:"readonly,omitempty"`
+	RecursiveReadonly bool              `json:"recursive_readonly,omitempty"`
+	Propagation       Propagation       `json:"propagation,omitempty"`
+	SelinuxRelabel    bool              `json:"selinux_relabel,omitempty"`
+	UIDMap            []IDMap           `json:"uid_map,omitempty"`
+	GIDMap            []IDMap           `json:"gid_map,omitempty"`
+	Options           []string          `json:"options,omitempty"`    // noexec, nodev, nosuid (CRI 0.37 mount_options)
+	Image             string            `json:"image,omitempty"`      // image volume: the image's reference or ID
+	UserImage         string            `json:"user_image,omitempty"` // what the user called it
+	ImageAnnotations  map[string]string `json:"image_annotations,omitempty"`
+	ImageSubPath      string            `json:"image_sub_path,omitempty"`
+	ImageRef          string            `json:"image_ref,omitempty"` // what Image was resolved to (config digest)
 }
 
 // Device is a device node of the host offered to a container.
