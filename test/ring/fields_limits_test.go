@@ -65,11 +65,6 @@ func (n *Node) wantLimit(t testing.TB, id string, f limitFile, v1, v2 string) {
 	want(t, fmt.Sprint(f), got, v1)
 }
 
-func (n *Node) oomScoreAdj(t testing.TB, id string) string {
-	t.Helper()
-	return strings.TrimSpace(string(mustRead(t, fmt.Sprintf("/proc/%d/oom_score_adj", n.PID(t, id)))))
-}
-
 // The files that tell what became of a limit.
 var (
 	quotaFile  = limitFile{"cpu", "cpu.cfs_quota_us", "cpu.max"}
@@ -87,7 +82,7 @@ var (
 // under both rules for turning shares into weights.
 func kernelLimits() *criv1.LinuxContainerResources {
 	return &criv1.LinuxContainerResources{
-		CpuPeriod: 50000, CpuQuota: 20000, CpuShares: 2, MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: 96 << 20, OomScoreAdj: 321, CpusetCpus: "0", CpusetMems: "0",
+		CpuPeriod: 50000, CpuQuota: 20000, CpuShares: 2, MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: 96 << 20, CpusetCpus: "0", CpusetMems: "0",
 	}
 }
 
@@ -99,7 +94,6 @@ func (n *Node) wantKernelLimits(t testing.TB, id string) {
 	n.wantLimit(t, id, memoryFile, "67108864", "67108864")
 	n.wantLimit(t, id, cpusFile, "0", "0")
 	n.wantLimit(t, id, memsFile, "0", "0")
-	want(t, "oom_score_adj", n.oomScoreAdj(t, id), 321)
 	if _, ok := n.readLimit(t, id, swapFile); ok {
 		n.wantLimit(t, id, swapFile, "100663296", "33554432")
 	} else { // a kernel that does not count swap
@@ -120,10 +114,14 @@ func (n *Node) wantHugeLimit(t testing.TB, id string) {
 func limitChecks() []fieldCheck {
 	return []fieldCheck{
 		{
-			"limits", "the cgroup and /proc/PID/oom_score_adj",
-			under(containerLimits, "cpu_period", "cpu_quota", "cpu_shares", "memory_limit_in_bytes", "memory_swap_limit_in_bytes", "oom_score_adj"),
+			"limits", "the cgroup",
+			under(containerLimits, "cpu_period", "cpu_quota", "cpu_shares", "memory_limit_in_bytes", "memory_swap_limit_in_bytes"),
 			func(t testing.TB, n *Node) { n.wantKernelLimits(t, n.box(t, limits(kernelLimits()))) },
 		},
+		{"OOM score", "/proc/self/oom_score_adj in the container", under(containerLimits, "oom_score_adj"), func(t testing.TB, n *Node) {
+			id := n.box(t, limits(&criv1.LinuxContainerResources{OomScoreAdj: 321}))
+			want(t, "score", n.Sh(t, id, "cat /proc/1/oom_score_adj /proc/self/oom_score_adj"), "321\n321")
+		}},
 		{"processors and memory nodes", "that those that are not there are refused", under(containerLimits, "cpuset_cpus", "cpuset_mems"), func(t testing.TB, n *Node) {
 			pod := n.Pod(t, nil)
 			for _, r := range []*criv1.LinuxContainerResources{{CpusetCpus: "4095"}, {CpusetMems: "1023"}} {

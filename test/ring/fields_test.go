@@ -40,7 +40,7 @@ func under(at string, names ...string) (all []string) {
 }
 
 func fieldChecks() []fieldCheck {
-	return slices.Concat(podChecks(), containerChecks())
+	return slices.Concat(podChecks(), containerChecks(), callChecks())
 }
 
 // fieldPlan says of each field what becomes of it.

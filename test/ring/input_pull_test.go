@@ -28,11 +28,15 @@ type lyingRegistry struct {
 	*httptest.Server
 	answers map[string][]byte
 	types   map[string]string
+	guard   func(http.ResponseWriter, *http.Request) bool // lets requests in; nil = all
 }
 
 func newLyingRegistry(t testing.TB) *lyingRegistry {
 	r := &lyingRegistry{answers: map[string][]byte{}, types: map[string]string{}}
 	r.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		if r.guard != nil && !r.guard(w, q) {
+			return
+		}
 		b, ok := r.answers[q.URL.Path]
 		if !ok {
 			http.NotFound(w, q)
