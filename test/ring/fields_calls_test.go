@@ -14,7 +14,7 @@ import (
 )
 
 func callChecks() []fieldCheck {
-	return slices.Concat(podCallChecks(), nodeCallChecks(), containerCallChecks(), updateChecks(), execChecks(), listChecks(), imageChecks())
+	return slices.Concat(podCallChecks(), nodeCallChecks(), containerCallChecks(), updateChecks(), checkpointChecks(), execChecks(), listChecks(), imageChecks())
 }
 
 func podCallChecks() []fieldCheck {
@@ -202,6 +202,41 @@ func updateChecks() []fieldCheck {
 			}
 			want(t, "error", err, nil)
 			n.wantLimit(t, id, limitFile{controller: "memory", v2: "memory.high"}, "", "33554432")
+		}},
+	}
+}
+
+// fakeCriu makes a program in place of criu that dumps nothing, and takes two
+// seconds for it while there is a file beside it.
+func (n *Node) fakeCriu(t testing.TB) string {
+	t.Helper()
+	p := n.Dir + "/criu"
+	if err := os.WriteFile(p, []byte("#!/bin/sh\n[ ! -e $0.slow ] || exec sleep 2\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func checkpointChecks() []fieldCheck {
+	checkpoint := func(n *Node, t testing.TB, location string, timeout int64) error {
+		_, err := n.Runtime.CheckpointContainer(within(t, callTime), &criv1.CheckpointContainerRequest{ContainerId: n.box(t, nil), Location: location, Timeout: timeout})
+		return err
+	}
+	return []fieldCheck{
+		{"checkpoint", "the archive", under("CheckpointContainer", "container_id", "location"), func(t testing.TB, n *Node) {
+			location := n.HostDir(t) + "/checkpoint.tar"
+			want(t, "error", checkpoint(n, t, location, 0), nil)
+			if _, err := os.Stat(location); err != nil {
+				t.Error(err)
+			}
+		}},
+		{"time of a checkpoint", "that it is over", under("CheckpointContainer", "timeout"), func(t testing.TB, n *Node) {
+			mark := n.Dir + "/criu.slow"
+			if err := os.WriteFile(mark, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = os.Remove(mark) })
+			wantError(t, checkpoint(n, t, n.HostDir(t)+"/checkpoint.tar", 1), codes.DeadlineExceeded)
 		}},
 	}
 }

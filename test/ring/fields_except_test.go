@@ -5,7 +5,6 @@ var exceptions = []exception{
 	{"Version.version", "the caller's version; CRI has one version, so every caller gets the same answer"},
 	{"CheckpointPod.*", "the call is not implemented, see the README"},
 	{"RestorePod.*", "the call is not implemented, see the README"},
-	{"CheckpointContainer.*", "the call is not implemented, see the README"},
 	{"*.windows.*", "Naru runs on Linux only"},
 	{"CreateContainer.sandbox_config.*", "a copy of what RunPodSandbox was given; Naru believes its own record of the pod"},
 	{"PullImage.sandbox_config.*", "an image is the same for every pod, so nothing of the pod matters to a pull"},
@@ -18,7 +17,9 @@ var exceptions = []exception{
 }
 
 // notYetCovered are the fields whose check is still missing. The list may only
-// become shorter.
+// become shorter: mostUncovered goes down with it.
+const mostUncovered = 1
+
 var notYetCovered = []exception{
 	{"CreateContainer.config.CDI_devices[].name", "CDI is not there yet"},
 }

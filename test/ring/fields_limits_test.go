@@ -17,11 +17,15 @@ const containerLimits = containerConfig + ".linux.resources"
 // the version that this machine uses for the controller.
 type limitFile struct{ controller, v1, v2 string }
 
-// path is empty where this machine has no such file.
-func (f limitFile) path(t testing.TB, pid int) string {
+// path is that of the container's cgroup, empty where this machine has no such
+// file.
+func (f limitFile) path(t testing.TB, id string, pid int) string {
 	t.Helper()
 	p := ""
 	for controllers, group := range cgroupsOf(t, pid) {
+		if i := strings.Index(group, id); i >= 0 {
+			group = group[:i+len(id)] // with version 2 processes are in a folder of it
+		}
 		switch {
 		case controllers == "" && f.v2 != "":
 			p = filepath.Join("/sys/fs/cgroup", group, f.v2)
@@ -42,7 +46,7 @@ func existing(p string) string {
 // readLimit is the file's content; ok is false where there is no such file.
 func (n *Node) readLimit(t testing.TB, id string, f limitFile) (value string, ok bool) {
 	t.Helper()
-	p := f.path(t, n.PID(t, id))
+	p := f.path(t, id, n.PID(t, id))
 	if p == "" {
 		return "", false
 	}

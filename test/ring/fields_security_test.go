@@ -121,7 +121,7 @@ func confinementChecks() []fieldCheck {
 		}},
 		{
 			"AppArmor, as it was", "that an unknown profile is refused", under(containerSecurity, "apparmor_profile"),
-			refused("no-such-profile", func(s *securityContext) { s.ApparmorProfile = "localhost/no-such-profile" }), //nolint:staticcheck // deprecated, yet sent by older clients
+			refused("no-such-profile", func(s *securityContext) { s.ApparmorProfile = "localhost/no-such-profile" }),
 		},
 		selinux("user", &criv1.SELinuxOption{User: "no label!"}),
 		selinux("role", &criv1.SELinuxOption{Role: "no label!"}),

@@ -80,6 +80,9 @@ func planFields(t testing.TB, checks []fieldCheck, uncovered []exception) *field
 	for f, e := range p.uncovered {
 		t.Logf("not yet covered: %s: %s", f, e.reason)
 	}
+	if len(p.uncovered) > mostUncovered {
+		t.Errorf("%d fields are not covered yet, more than the %d that there were", len(p.uncovered), mostUncovered)
+	}
 	return p
 }
 
@@ -132,13 +135,15 @@ func TestFields(t *testing.T) {
 // fieldNodes share the checks.
 const fieldNodes = 3
 
-// startFieldNode starts a node whose address ranges can be told.
+// startFieldNode starts a node whose address ranges can be told, and whose
+// checkpoints need no criu.
 func startFieldNode(t testing.TB) *Node {
 	t.Helper()
 	n := StartNode(t)
 	n.StopDaemon()
 	ranges := strings.NewReplacer(`"`, "", "[", "", "]", "", " ", "").Replace(n.opts.podCIDR)
 	n.opts.podCIDR = `["auto"]`
+	WithConfig(fmt.Sprintf("runtime.criu = %q", n.fakeCriu(t)))(&n.opts)
 	n.writeConfig()
 	n.LaunchDaemon()
 	eventually(t, 30*time.Second, "the daemon to take the ranges", func() bool { return n.tellRanges(t, ranges) == nil })
