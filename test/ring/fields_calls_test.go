@@ -241,12 +241,12 @@ func checkpointChecks() []fieldCheck {
 	}
 }
 
-// talk opens a session and tells what came back within a second.
-func talk(s *stream, input, out, errOut string) error {
+// talk sends to a session and waits for what comes back.
+func (n *Node) talk(s *stream, input, out, errOut string) error {
 	if input != "" {
 		s.send(input)
 	}
-	if !soon(func() bool { return strings.Contains(s.out.String(), out) && strings.Contains(s.err.String(), errOut) }) {
+	if !n.soon(func() bool { return strings.Contains(s.out.String(), out) && strings.Contains(s.err.String(), errOut) }) {
 		return fmt.Errorf("stdout %q, stderr %q, status %q", s.out.String(), s.err.String(), s.status.String())
 	}
 	return nil
@@ -263,21 +263,21 @@ func execChecks() []fieldCheck {
 		}},
 		{"exec", "its streams", under("Exec", "container_id", "cmd", "stdin", "stdout", "stderr"), func(t testing.TB, n *Node) {
 			s := n.execStream(t, n.box(t, nil), streamOptions{stdin: true}, "/bin/sh", "-c", "read x; echo out=$x; echo err=$x >&2")
-			want(t, "error", talk(s, "sent\n", "out=sent\n", "err=sent\n"), nil)
+			want(t, "error", n.talk(s, "sent\n", "out=sent\n", "err=sent\n"), nil)
 		}},
 		{"exec with a terminal", "`tty`", under("Exec", "tty"), func(t testing.TB, n *Node) {
 			s := n.execStream(t, n.box(t, nil), streamOptions{tty: true}, "/bin/tty")
-			want(t, "error", talk(s, "", "/dev/pts/", ""), nil)
+			want(t, "error", n.talk(s, "", "/dev/pts/", ""), nil)
 		}},
 		{"attach", "the container's streams", under("Attach", "container_id", "stdin", "stdout", "stderr"), func(t testing.TB, n *Node) {
 			id := n.box(t, each(shell("while read x; do echo out=$x; echo err=$x >&2; done"), func(c *criv1.ContainerConfig) { c.Stdin = true }))
-			want(t, "error", talk(n.attachStream(t, id, streamOptions{stdin: true}), "sent\n", "out=sent\n", "err=sent\n"), nil)
+			want(t, "error", n.talk(n.attachStream(t, id, streamOptions{stdin: true}), "sent\n", "out=sent\n", "err=sent\n"), nil)
 		}},
 		{"attach to a terminal", "its size", under("Attach", "tty"), func(t testing.TB, n *Node) {
 			id := n.box(t, func(c *criv1.ContainerConfig) { c.Stdin, c.Tty, c.Command = true, true, []string{"/bin/sh"} })
 			s := n.attachStream(t, id, streamOptions{stdin: true, tty: true})
 			s.resize(77, 33)
-			want(t, "error", talk(s, "usleep 100000; stty size\r", "33 77", ""), nil)
+			want(t, "error", n.talk(s, "usleep 100000; stty size\r", "33 77", ""), nil)
 		}},
 	}
 }

@@ -22,9 +22,13 @@ func (n *Node) box(t testing.TB, mutate func(*criv1.ContainerConfig)) string {
 	return n.Run(t, n.Pod(t, nil), mutate)
 }
 
-// soon polls for a second and tells whether f held.
-func soon(f func() bool) bool {
-	for end := time.Now().Add(slow(time.Second)); !f(); time.Sleep(5 * time.Millisecond) {
+// soon polls and tells whether f held; without a field, for a second only.
+func (n *Node) soon(f func() bool) bool {
+	limit := 10 * time.Second
+	if n.dropper.armed.Load() != nil {
+		limit = time.Second
+	}
+	for end := time.Now().Add(slow(limit)); !f(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			return false
 		}
@@ -108,7 +112,7 @@ func containerStreamChecks() []fieldCheck {
 			dir := n.HostDir(t)
 			pod := n.Pod(t, func(c *criv1.PodSandboxConfig) { c.LogDirectory = dir })
 			n.Run(t, pod, each(shell("echo logged; exec sleep 1000"), func(c *criv1.ContainerConfig) { c.LogPath = "app/0.log" }))
-			if !soon(func() bool {
+			if !n.soon(func() bool {
 				b, _ := os.ReadFile(dir + "/app/0.log")
 				return strings.HasSuffix(string(b), " stdout F logged\n")
 			}) {
@@ -127,7 +131,7 @@ func containerStreamChecks() []fieldCheck {
 			s.send("sent\n")
 			s.out.waitFor(t, "sent\n")
 			_ = s.stdin.Close()
-			if !soon(func() bool { return n.Status(t, id).ExitCode == 3 }) {
+			if !n.soon(func() bool { return n.Status(t, id).ExitCode == 3 }) {
 				t.Error("the container still reads")
 			}
 		}},
