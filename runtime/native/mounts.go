@@ -34,6 +34,7 @@ type place struct {
 	cgroups []volume // cgroup v1 folders below /sys/fs/cgroup
 	sys     *os.File // the host's /sys, where the container cannot have a sysfs of its own
 	fs      map[string]*os.File
+	hooks   *hooks // nil: none
 }
 
 func (p *place) close() {
@@ -48,6 +49,9 @@ func (p *place) close() {
 	}
 	if p.sys != nil {
 		_ = p.sys.Close()
+	}
+	if p.hooks != nil {
+		p.hooks.close()
 	}
 	for _, f := range p.fs {
 		_ = f.Close()
@@ -97,7 +101,7 @@ func (x *Executor) openVolumes(ctx context.Context, c *runtime.Container, p *pla
 	}
 	// Parents first; the order of the request among equals.
 	slices.SortStableFunc(p.volumes, func(a, b volume) int { return strings.Count(a.path, "/") - strings.Count(b.path, "/") })
-	return nil
+	return x.openHooks(ctx, c, p)
 }
 
 // inShared reports whether a place lies in a volume with bidirectional
@@ -333,7 +337,7 @@ func (p *place) assemble(c *runtime.Container) error {
 	}{
 		{"mount /proc", p.mountProc}, {"mount /sys", p.mountSys}, {"mount /dev", p.mountDev},
 		{"make image volumes", p.makeVolumes}, {"mount volumes", p.mountVolumes},
-		{"make the working directory", p.makeWorkdir}, {"mask paths", p.mask},
+		{"make the working directory", p.makeWorkdir}, {"run hooks", p.runHooks}, {"mask paths", p.mask},
 		{"make the root file system read-only", p.readonlyRoot}, {"pivot", p.pivot},
 	}
 	for _, s := range steps {

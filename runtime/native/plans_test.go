@@ -65,6 +65,8 @@ func TestPlans(t *testing.T) {
 		"exec":             joinPlan(testProcess(), spaces, join),
 		"exec-userns":      joinPlan(testProcess(), spaces|unix.CLONE_NEWUSER, join),
 		"init":             initPlan(f, f, f, nil),
+		"hook":             hookPlan(&specs.Hook{Path: "/usr/bin/hook"}, hookFiles{status: f, proc: f, mnt: f, net: f, ipc: f, uts: f, host: f, tasks: []*os.File{f}, stdin: f, output: f}),
+		"hook-userns":      hookPlan(&specs.Hook{Path: "/usr/bin/hook", Args: []string{"hook", "create"}, Env: []string{"SECRET=hidden"}}, hookFiles{status: f, proc: f, mnt: f, user: f, net: f, host: f, cgroup: f, stdin: f, output: f}),
 	} {
 		t.Run(name, func(t *testing.T) {
 			golden(t, name, l.Dump())
