@@ -12,6 +12,7 @@ import (
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/undo"
 	"github.com/naru-project/naru/runtime"
+	"github.com/naru-project/naru/runtime/cdi"
 )
 
 // CreateContainer makes a container in a ready pod. A call whose caller went
@@ -76,6 +77,7 @@ type containerWork struct {
 	// volumes are the image volumes, by index in the mounts.
 	volumes map[int]runtime.ImageVolume
 	mounts  []Mount
+	devices *cdi.Edits // nil: none
 	rootfs  runtime.Rootfs
 	root    *os.File // until the executor takes it over
 	rc      *runtime.Container
@@ -136,6 +138,7 @@ func (m *Manager) containerChecks(w *containerWork) []step {
 	return []step{
 		{name: "image", do: func(context.Context) (err error) { w.image, err = m.resolveImage(cfg.Image); return err }},
 		{name: "pid namespace", do: func(context.Context) error { _, _, err := m.pidMode(w.pod, cfg); return err }},
+		{name: "CDI devices", do: func(context.Context) error { return m.cdiDevices(w) }},
 		{name: "host paths", do: func(ctx context.Context) error {
 			for i, mt := range cfg.Mounts {
 				if mt.HostPath == "" {

@@ -40,10 +40,11 @@ func (m *Manager) buildContainer(w *containerWork) error {
 			security.ReadonlyPaths = spec.DefaultReadonlyPaths()
 		}
 	}
+	mounts, images := w.withDevices()
 	in := spec.Input{
 		ID: w.c.id, Command: cfg.Command, Args: cfg.Args, Env: cfg.Env, WorkingDir: cfg.WorkingDir, TTY: cfg.TTY,
 		Image: w.image.Config, Security: security, Resources: cfg.Resources, Devices: cfg.Devices,
-		Hostname: p.Hostname, Mounts: w.mounts, EtcFiles: h.EtcFiles, Shm: h.Shm,
+		Hostname: p.Hostname, Mounts: mounts, EtcFiles: h.EtcFiles, Shm: h.Shm,
 		Namespaces: h.Namespaces, TargetPID: target, UIDMap: p.UIDMap, GIDMap: p.GIDMap,
 		CgroupPath: w.c.cgroup, RootPath: "rootfs", Host: m.cfg.SpecHost, Defaults: m.cfg.SpecDefaults,
 	}
@@ -54,13 +55,16 @@ func (m *Manager) buildContainer(w *containerWork) error {
 	if err != nil {
 		return err
 	}
-	volumes, err := spec.Volumes(w.image.Config.Volumes, w.mounts)
+	if err := w.applyDevices(oci, user); err != nil {
+		return err
+	}
+	volumes, err := spec.Volumes(w.image.Config.Volumes, mounts)
 	if err != nil {
 		return err
 	}
 	w.user = user
 	w.rc = &runtime.Container{
-		ID: w.c.id, SandboxID: w.pod.ID, Spec: oci, Resources: cfg.Resources, Rootfs: w.rootfs, Mounts: w.mounts, Images: w.volumes,
+		ID: w.c.id, SandboxID: w.pod.ID, Spec: oci, Resources: cfg.Resources, Rootfs: w.rootfs, Mounts: mounts, Images: images,
 		Namespaces: h.Namespaces, PIDMode: mode, TargetID: targetID, Cgroup: w.c.cgroup,
 		UIDMap: p.UIDMap, GIDMap: p.GIDMap, Shm: h.Shm, EtcFiles: h.EtcFiles,
 		LogPath: w.c.snap.Load().LogPath, TTY: cfg.TTY, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,

@@ -19,6 +19,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/pod/store"
+	"github.com/naru-project/naru/runtime/cdi"
 	"github.com/naru-project/naru/runtime/spec"
 )
 
@@ -43,6 +44,11 @@ type Config struct {
 
 	SpecHost     spec.Host // what containers may be given; the zero value: ask this machine
 	SpecDefaults spec.Defaults
+
+	// CDIDirs are the folders of CDI specification files; none: no CDI devices.
+	CDIDirs []string
+	// CDIAnnotations lets containers name CDI devices in cdi.k8s.io annotations.
+	CDIAnnotations bool
 
 	// Observe is called as each step of an operation begins: metrics, failpoints.
 	Observe func(kind, step string)
@@ -78,6 +84,7 @@ type Manager struct {
 	pods       *store.Dir
 	containers *store.Dir
 	specs      *specFiles
+	cdi        *cdi.Registry
 	table      *table
 	joins      *joins
 	ops        *operations
@@ -108,7 +115,7 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 		}
 	}
 	m := &Manager{
-		cfg: cfg, deps: deps, boot: boot,
+		cfg: cfg, deps: deps, boot: boot, cdi: cdi.New(cfg.CDIDirs),
 		table:   newTable(),
 		joins:   &joins{calls: make(map[any]*call)},
 		ops:     &operations{observe: cfg.Observe, running: make(map[*operation]struct{})},

@@ -238,6 +238,7 @@ func (d *daemon) openPods(context.Context) (err error) {
 	d.pods, err = pod.New(pod.Config{
 		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), Sync: d.cfg.SyncRecs, SpecHost: d.given,
 		Handlers: append([]string{"", "naru"}, handlerNames(d.cfg)...), WritableMountpoint: fs.Mountpoint,
+		CDIDirs: d.cfg.CDI.SpecDirs, CDIAnnotations: d.cfg.CDI.Annotations,
 	}, pod.Deps{Executor: d.exec, Sandboxes: d.sandbox, Images: d.images, Cgroups: d.cgroups})
 	return err
 }

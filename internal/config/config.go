@@ -62,6 +62,7 @@ type Config struct {
 	Images   Images             `toml:"images"`
 	Cgroup   Cgroup             `toml:"cgroup"`
 	Runtime  Runtime            `toml:"runtime"`
+	CDI      CDI                `toml:"cdi"`
 	Stream   Streaming          `toml:"streaming"`
 	Handlers map[string]Handler `toml:"handlers" comment:"Further runtime handlers for RuntimeClass, by name. \"\" and \"naru\" are built in."`
 }
@@ -107,6 +108,12 @@ type Runtime struct {
 	CRIU           string `toml:"criu" comment:"Absolute path of the criu program (3.17 or newer), for CheckpointContainer; empty = no checkpoints. A checkpoint holds the container's memory, with all secrets in it."`
 }
 
+// CDI devices: the Container Device Interface.
+type CDI struct {
+	SpecDirs    []string `toml:"spec_dirs" comment:"Folders with the specification files (*.yaml, *.json) of CDI devices; a later folder goes before an earlier one. Root must own folders and files, and nobody else may write to them. [] switches CDI off."`
+	Annotations bool     `toml:"annotations" comment:"Let containers name CDI devices in annotations (cdi.k8s.io/...), past any device plugin: whoever may create pods gets any device that a specification describes."`
+}
+
 // Streaming server for exec, attach and port-forward.
 type Streaming struct {
 	Address string `toml:"address" comment:"Where the streaming server listens: loopback; port 0 = any free one. kubelet reaches it on the same host."`
@@ -127,6 +134,7 @@ func Default() *Config {
 			PullTimeout: Duration(12 * time.Hour)},
 		Cgroup:   Cgroup{Driver: "auto"},
 		Runtime:  Runtime{UserNamespaces: true},
+		CDI:      CDI{SpecDirs: []string{"/etc/cdi", "/var/run/cdi"}},
 		Stream:   Streaming{Address: "127.0.0.1:0"},
 		Handlers: map[string]Handler{},
 	}
@@ -283,6 +291,11 @@ func (c *Config) Validate() error {
 		bad("streaming.address", "%q is not host:port", c.Stream.Address)
 	} else if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() {
 		bad("streaming.address", "%q must be a loopback address: whoever reaches it needs only a token", c.Stream.Address)
+	}
+	for _, dir := range c.CDI.SpecDirs {
+		if !filepath.IsAbs(dir) {
+			bad("cdi.spec_dirs", "%q must be an absolute path", dir)
+		}
 	}
 	for name, h := range c.Handlers {
 		if h.Kind != "native" {
