@@ -18,12 +18,14 @@ import (
 
 // made is an image ready to be recorded.
 type made struct {
-	id      digest.Digest
-	raw     []byte
-	config  *manifest.Config
-	layers  []*layers.Layer // references that go over to the store
-	tags    []string
-	digests []string
+	id     digest.Digest
+	raw    []byte
+	config *manifest.Config
+	// artifact: raw is its manifest.
+	artifact *manifest.Artifact
+	layers   []*layers.Layer // references that go over to the store
+	tags     []string
+	digests  []string
 }
 
 // errGone: the image was removed meanwhile.
@@ -82,12 +84,12 @@ func (s *Store) keep(ctx context.Context, m made) (err error) {
 func (s *Store) next(old *stored, m made, seq uint64) (st *stored, changed bool, err error) {
 	switch {
 	case old != nil:
-		st = &stored{rec: old.rec.clone(), config: old.config, layers: old.layers}
+		st = &stored{rec: old.rec.clone(), config: old.config, artifact: old.artifact, layers: old.layers}
 	case m.config == nil:
 		return nil, false, errGone
 	default:
-		st = &stored{config: m.config, layers: m.layers, rec: &record{
-			ID: m.id, Config: m.raw, Layers: infos(m.layers), Pulled: time.Now().UnixNano(),
+		st = &stored{config: m.config, artifact: m.artifact, layers: m.layers, rec: &record{
+			ID: m.id, Config: m.raw, Artifact: m.artifact != nil, Layers: infos(m.layers), Pulled: time.Now().UnixNano(),
 		}}
 		changed = true
 	}
@@ -122,7 +124,7 @@ func (s *Store) losing(m made) []*stored {
 			}
 		}
 		if len(left) != len(o.rec.Tags) {
-			n := &stored{rec: o.rec.clone(), config: o.config, layers: o.layers}
+			n := &stored{rec: o.rec.clone(), config: o.config, artifact: o.artifact, layers: o.layers}
 			n.rec.Tags = left
 			n.public = s.present(n)
 			out = append(out, n)

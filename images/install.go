@@ -25,14 +25,17 @@ type image struct {
 	id      digest.Digest // of raw
 	raw     []byte        // the config blob, verified
 	sources []source      // base first
-	tags    []string
-	digests []string
+	// artifact: raw is its manifest.
+	artifact *manifest.Artifact
+	tags     []string
+	digests  []string
 }
 
 // source is where a layer comes from.
 type source struct {
 	blob digest.Digest // of the packed form; empty: not known
 	size int64         // of the packed form; negative: not known
+	file string        // not empty: the blob is this file, not a layer
 	open func(ctx context.Context, s *slot) (io.ReadCloser, error)
 }
 
@@ -45,12 +48,14 @@ func registrySource(c *registry.Client, d ocispec.Descriptor) source {
 // install unpacks the layers that are not here, all at once within the node's
 // budget, and records the image when all of them are on the disk.
 func (s *Store) install(ctx context.Context, p *pull, img *image) (string, error) {
-	cfg, err := manifest.ParseConfig(img.raw)
+	cfg, artifact, err := parse(img.raw, img.artifact != nil)
 	if err != nil {
 		return "", err
 	}
-	if err := cfg.CheckPlatform(s.platform); err != nil {
-		return "", err
+	if artifact == nil {
+		if err := cfg.CheckPlatform(s.platform); err != nil {
+			return "", err
+		}
 	}
 	if len(cfg.DiffIDs) != len(img.sources) {
 		return "", errs.New(errs.FailedPrecondition, "read manifest: it has %d layers, the config has %d", len(img.sources), len(cfg.DiffIDs))
@@ -67,7 +72,7 @@ func (s *Store) install(ctx context.Context, p *pull, img *image) (string, error
 	if err := ctx.Err(); err != nil {
 		return "", errors.Join(context.Cause(ctx), s.layers.Release(got...))
 	}
-	if err := s.keep(ctx, made{id: img.id, raw: img.raw, config: cfg, layers: got, tags: img.tags, digests: img.digests}); err != nil {
+	if err := s.keep(ctx, made{id: img.id, raw: img.raw, config: cfg, artifact: artifact, layers: got, tags: img.tags, digests: img.digests}); err != nil {
 		return "", err
 	}
 	return img.id.String(), nil
@@ -122,7 +127,7 @@ func (s *Store) fetchLayers(ctx context.Context, p *pull, from []source, diffs [
 func (s *Store) fill(ctx context.Context, p *pull, from source, diff digest.Digest, dir *os.File) (unpack.Result, error) {
 	place := &slot{sem: s.budget} // taken when bytes come
 	defer place.Release()
-	return unpack.Layer(ctx, dir, unpack.Blob{
+	b := unpack.Blob{
 		Digest: from.blob, Size: from.size, DiffID: diff,
 		Open: func(ctx context.Context) (io.ReadCloser, error) {
 			rc, err := from.open(ctx, place)
@@ -131,7 +136,11 @@ func (s *Store) fill(ctx context.Context, p *pull, from source, diff digest.Dige
 			}
 			return &counter{rc, &p.bytes}, nil
 		},
-	}, s.cfg.Limits)
+	}
+	if from.file != "" {
+		return unpack.File(ctx, dir, from.file, b, s.cfg.Limits)
+	}
+	return unpack.Layer(ctx, dir, b, s.cfg.Limits)
 }
 
 // counter counts the bytes of a transfer for Progress.

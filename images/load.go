@@ -11,6 +11,7 @@ import (
 	"github.com/distribution/reference"
 
 	"github.com/naru-project/naru/images/archive"
+	"github.com/naru-project/naru/images/manifest"
 	"github.com/naru-project/naru/internal/errs"
 )
 
@@ -147,15 +148,28 @@ func (s *Store) loadOne(ctx context.Context, a archive.Image) error {
 		}
 	}
 	for _, l := range a.Layers {
-		img.sources = append(img.sources, source{blob: l.Digest, size: l.Size,
-			open: func(ctx context.Context, place *slot) (io.ReadCloser, error) {
-				if err := place.Acquire(ctx); err != nil {
-					return nil, err
-				}
-				return l.Open(ctx)
-			}})
+		img.sources = append(img.sources, source{blob: l.Digest, size: l.Size, open: archiveSource(l)})
+	}
+	if a.Artifact != nil {
+		art, err := s.newArtifact(a.Artifact, a.Config, func(i int, _ manifest.File) func(context.Context, *slot) (io.ReadCloser, error) {
+			return archiveSource(a.Layers[i])
+		})
+		if err != nil {
+			return err
+		}
+		art.tags, art.digests = img.tags, img.digests
+		img = art
 	}
 	p := &pull{ref: a.Tags[0], start: time.Now()}
 	_, err := s.install(ctx, p, img)
 	return err
+}
+
+func archiveSource(l archive.Layer) func(context.Context, *slot) (io.ReadCloser, error) {
+	return func(ctx context.Context, place *slot) (io.ReadCloser, error) {
+		if err := place.Acquire(ctx); err != nil {
+			return nil, err
+		}
+		return l.Open(ctx)
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -16,7 +17,6 @@ import (
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/semaphore"
 	"k8s.io/klog/v2"
 
@@ -179,11 +179,11 @@ func (s *Store) pull(ctx context.Context, p *pull, named reference.Named, auth *
 			return "", err
 		}
 	}
-	m, err := s.manifest(ctx, client, top)
+	doc, raw, err := s.manifest(ctx, client, top)
 	if err != nil {
 		return "", named2(named, err)
 	}
-	img, err := s.describe(ctx, client, m)
+	img, err := s.describe(ctx, client, doc, raw)
 	if err != nil {
 		return "", named2(named, err)
 	}
@@ -209,34 +209,42 @@ func named2(named reference.Named, err error) error {
 	return errs.New(errs.Of(err), "pull %s: %w", named, err)
 }
 
-// manifest goes down from what the reference names to the manifest for this node.
-func (s *Store) manifest(ctx context.Context, c *registry.Client, top registry.Manifest) (*ocispec.Manifest, error) {
+// manifest goes down from what the reference names to the manifest for this
+// node, and returns its bytes, too.
+func (s *Store) manifest(ctx context.Context, c *registry.Client, top registry.Manifest) (*manifest.Document, []byte, error) {
 	doc, err := manifest.Parse(top.Data, top.MediaType)
 	for depth := 1; err == nil && doc.Manifest == nil; depth++ {
 		if depth > manifest.MaxIndexDepth {
-			return nil, errs.New(errs.FailedPrecondition, "read index: more than %d indexes stand above the manifest", manifest.MaxIndexDepth)
+			return nil, nil, errs.New(errs.FailedPrecondition, "read index: more than %d indexes stand above the manifest", manifest.MaxIndexDepth)
 		}
 		d, serr := manifest.Select(doc.Index, s.platform)
 		if serr != nil {
-			return nil, serr
+			return nil, nil, serr
 		}
 		next, ferr := c.Fetch(ctx, d)
 		if ferr != nil {
-			return nil, ferr
+			return nil, nil, ferr
 		}
+		top = next
 		doc, err = manifest.Parse(next.Data, next.MediaType)
 		if err == nil && doc.MediaType != d.MediaType {
-			return nil, errs.New(errs.FailedPrecondition, "read manifest %s: it is of type %q, the index says %q", d.Digest, doc.MediaType, d.MediaType)
+			return nil, nil, errs.New(errs.FailedPrecondition, "read manifest %s: it is of type %q, the index says %q", d.Digest, doc.MediaType, d.MediaType)
 		}
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return doc.Manifest, nil
+	return doc, top.Data, nil
 }
 
 // describe reads the config and says where each layer comes from.
-func (s *Store) describe(ctx context.Context, c *registry.Client, m *ocispec.Manifest) (*image, error) {
+func (s *Store) describe(ctx context.Context, c *registry.Client, doc *manifest.Document, raw []byte) (*image, error) {
+	if doc.Artifact != nil {
+		return s.newArtifact(doc.Artifact, raw, func(_ int, f manifest.File) func(context.Context, *slot) (io.ReadCloser, error) {
+			return registrySource(c, f.Blob).open
+		})
+	}
+	m := doc.Manifest
 	img := &image{id: m.Config.Digest}
 	if here := s.snap.Load().byID[m.Config.Digest.String()]; here != nil {
 		img.raw = here.RawConfig

@@ -23,8 +23,10 @@ type record struct {
 	ID      digest.Digest `json:"id"`
 	Tags    []tag         `json:"tags,omitempty"`
 	Digests []string      `json:"digests,omitempty"` // repo@digest of what was pulled
-	Config  []byte        `json:"config"`            // the config blob, as verified
-	Layers  []layers.Info `json:"layers"`            // base first
+	Config  []byte        `json:"config"`            // the config blob, as verified; of an artifact, the manifest
+	// Artifact: it is not an image.
+	Artifact bool          `json:"artifact,omitempty"`
+	Layers   []layers.Info `json:"layers"` // base first
 	// Pulled is when the record was made, as Unix nanoseconds.
 	Pulled int64 `json:"pulled,omitempty"`
 
@@ -106,7 +108,7 @@ func unseal(data []byte, v any, known map[string]bool) (rest map[string]json.Raw
 	return all, nil
 }
 
-var recordKeys = map[string]bool{"id": true, "tags": true, "digests": true, "config": true, "layers": true, "pulled": true}
+var recordKeys = map[string]bool{"id": true, "tags": true, "digests": true, "config": true, "layers": true, "pulled": true, "artifact": true}
 
 func (r *record) encode() ([]byte, error) { return seal(r, r.rest) }
 

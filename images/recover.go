@@ -13,7 +13,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/naru-project/naru/images/layers"
-	"github.com/naru-project/naru/images/manifest"
 	"github.com/naru-project/naru/internal/atomicfile"
 	"github.com/naru-project/naru/internal/errs"
 )
@@ -97,7 +96,7 @@ func (s *Store) takeUpImage(name string, data []byte, keep map[int]bool) error {
 	if name != rec.file() {
 		return errs.New(errs.Internal, "decode record: it is of image %s", rec.ID)
 	}
-	cfg, err := manifest.ParseConfig(rec.Config)
+	cfg, artifact, err := parse(rec.Config, rec.Artifact)
 	if err != nil {
 		return err
 	}
@@ -113,7 +112,7 @@ func (s *Store) takeUpImage(name string, data []byte, keep map[int]bool) error {
 	if err != nil {
 		return err
 	}
-	st := &stored{rec: rec, config: cfg, layers: ls}
+	st := &stored{rec: rec, config: cfg, artifact: artifact, layers: ls}
 	st.public = s.present(st)
 	s.images[rec.ID.String()] = st
 	for _, t := range rec.Tags {

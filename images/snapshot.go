@@ -18,8 +18,10 @@ import (
 type stored struct {
 	rec    *record
 	config *manifest.Config
-	layers []*layers.Layer // one reference each, base first
-	public *Image
+	// artifact is nil for an image.
+	artifact *manifest.Artifact
+	layers   []*layers.Layer // one reference each, base first
+	public   *Image
 }
 
 // snapshot is all images at one moment. It is never changed.
@@ -66,6 +68,12 @@ func (s *Store) present(st *stored) *Image {
 		ID: st.rec.ID.String(), RepoDigests: slices.Clone(st.rec.Digests), Config: st.config.Config,
 		RawConfig: st.rec.Config, Layers: slices.Clone(st.config.DiffIDs), Created: st.config.Created,
 		Size: uint64(len(st.rec.Config)),
+	}
+	if st.artifact != nil {
+		i.Artifact, i.Layers = st.artifact.Type, nil
+		for _, f := range st.artifact.Files {
+			i.Layers = append(i.Layers, f.Blob.Digest)
+		}
 	}
 	for _, t := range st.rec.Tags {
 		i.RepoTags = append(i.RepoTags, t.Name)

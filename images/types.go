@@ -28,6 +28,10 @@ type Image struct {
 	Layers      []digest.Digest     // diff IDs, base first
 	Pinned      bool
 	Created     time.Time
+	// Artifact is the type of an artifact, empty for an image. An artifact's ID
+	// is the digest of its manifest, which is its RawConfig; Layers are the
+	// digests of its files. It can be a volume, and no container's root.
+	Artifact string
 }
 
 // Auth is how to authenticate at a registry (CRI AuthConfig). At most one form

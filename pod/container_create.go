@@ -136,7 +136,7 @@ func createError(name string, err error) error {
 func (m *Manager) containerChecks(w *containerWork) []step {
 	cfg := w.c.snap.Load().Config
 	return []step{
-		{name: "image", do: func(context.Context) (err error) { w.image, err = m.resolveImage(cfg.Image); return err }},
+		{name: "image", do: func(context.Context) (err error) { w.image, err = m.rootImage(cfg.Image); return err }},
 		{name: "pid namespace", do: func(context.Context) error { _, _, err := m.pidMode(w.pod, cfg); return err }},
 		{name: "CDI devices", do: func(context.Context) error { return m.cdiDevices(w) }},
 		{name: "host paths", do: func(ctx context.Context) error {
@@ -151,6 +151,15 @@ func (m *Manager) containerChecks(w *containerWork) []step {
 			return nil
 		}},
 	}
+}
+
+// rootImage finds the image that a container is made of.
+func (m *Manager) rootImage(ref string) (*images.Image, error) {
+	img, err := m.resolveImage(ref)
+	if err == nil && img.Artifact != "" {
+		return nil, errs.New(errs.InvalidArgument, "image %q is an artifact of type %q: it can be mounted as a volume, no container can be made of it", clip(ref), clip(img.Artifact))
+	}
+	return img, err
 }
 
 func (m *Manager) resolveImage(ref string) (*images.Image, error) {

@@ -296,6 +296,12 @@ func TestImageVolumes(t *testing.T) {
 		p := r.pod("web")
 		cfg := podtest.ContainerConfig("app")
 		cfg.Mounts = []pod.Mount{{ContainerPath: "/tmp", HostPath: "/tmp"}, {ContainerPath: "/m", Image: "models:1", ImageSubPath: "a"}}
+		r.w.AddArtifact("sha256:art", "weights:1", "application/x-model")
+		cfg.Image = "weights:1"
+		_, err := r.m.CreateContainer(r.ctx(), p, cfg)
+		r.fails(err, errs.InvalidArgument, `image "weights:1" is an artifact of type "application/x-model"`, "volume")
+		cfg = podtest.ContainerConfig("app")
+		cfg.Mounts = []pod.Mount{{ContainerPath: "/tmp", HostPath: "/tmp"}, {ContainerPath: "/m", Image: "models:1", ImageSubPath: "a"}, {ContainerPath: "/w", Image: "weights:1"}}
 		c, err := r.m.CreateContainer(r.ctx(), p, cfg)
 		r.ok(err)
 		if s := r.container(c); s.Mounts[1].ImageRef != "sha256:vol" || s.Config.Mounts[1].ImageRef != "" {
@@ -303,7 +309,7 @@ func TestImageVolumes(t *testing.T) {
 		}
 		check := func() {
 			t.Helper()
-			if got := r.w.Holds(c); !slices.Equal(got, []string{podtest.ImageID, "sha256:vol"}) {
+			if got := r.w.Holds(c); !slices.Equal(got, []string{podtest.ImageID, "sha256:art", "sha256:vol"}) {
 				t.Errorf("holds %v", got)
 			}
 		}

@@ -21,6 +21,8 @@ type Image struct {
 	ID     digest.Digest
 	Config []byte // its digest is ID
 	Layers []Layer
+	// Artifact, when it is not an image: Config is its manifest, Layers are its files.
+	Artifact *manifest.Artifact
 }
 
 // Layer is a layer's file. Digest is empty where the archive does not say it.
@@ -145,6 +147,9 @@ func (a *Archive) layoutImage(top ocispec.Descriptor, m platforms.MatchComparer)
 		if err != nil {
 			return nil, err
 		}
+		if doc.Artifact != nil {
+			return a.artifact(top.Digest, doc.Artifact, data), nil
+		}
 		if doc.Manifest != nil {
 			return a.layoutManifest(top.Digest, doc.Manifest, m)
 		}
@@ -174,6 +179,14 @@ func (a *Archive) layoutManifest(target digest.Digest, doc *ocispec.Manifest, m 
 		img.Layers = append(img.Layers, a.layer(blobPath(l.Digest), l.Digest, l.Size))
 	}
 	return img, nil
+}
+
+func (a *Archive) artifact(target digest.Digest, doc *manifest.Artifact, raw []byte) *Image {
+	img := &Image{Target: target, ID: digest.FromBytes(raw), Config: raw, Artifact: doc}
+	for _, f := range doc.Files {
+		img.Layers = append(img.Layers, a.layer(blobPath(f.Blob.Digest), f.Blob.Digest, f.Blob.Size))
+	}
+	return img
 }
 
 func (a *Archive) layer(name string, d digest.Digest, size int64) Layer {

@@ -22,12 +22,13 @@ type Config struct {
 }
 
 type configWire struct {
-	Created      json.RawMessage     `json:"created"`
-	Architecture string              `json:"architecture"`
-	Variant      string              `json:"variant"`
-	OS           string              `json:"os"`
-	Config       ocispec.ImageConfig `json:"config"`
-	RootFS       struct {
+	SchemaVersion json.RawMessage     `json:"schemaVersion"`
+	Created       json.RawMessage     `json:"created"`
+	Architecture  string              `json:"architecture"`
+	Variant       string              `json:"variant"`
+	OS            string              `json:"os"`
+	Config        ocispec.ImageConfig `json:"config"`
+	RootFS        struct {
 		Type    string          `json:"type"`
 		DiffIDs []digest.Digest `json:"diff_ids"`
 	} `json:"rootfs"`
@@ -41,6 +42,10 @@ func ParseConfig(data []byte) (*Config, error) {
 	var w configWire
 	if err := Unmarshal(data, &w); err != nil {
 		return nil, errs.New(errs.FailedPrecondition, "read image config: %w", err)
+	}
+	if w.SchemaVersion != nil {
+		// What the store knows by its digest is one or the other for good.
+		return nil, errs.New(errs.FailedPrecondition, "read image config: it is a manifest")
 	}
 	if w.RootFS.Type != "" && w.RootFS.Type != "layers" {
 		return nil, errs.New(errs.FailedPrecondition, "read image config: rootfs type %.50q is not supported", w.RootFS.Type)

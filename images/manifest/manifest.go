@@ -48,6 +48,7 @@ var Accept = strings.Join([]string{
 type Document struct {
 	MediaType string
 	Manifest  *ocispec.Manifest
+	Artifact  *Artifact // beside Manifest, when that is not an image's
 	Index     []ocispec.Descriptor
 }
 
@@ -96,7 +97,13 @@ func Parse(data []byte, contentType string) (*Document, error) {
 	if w.Layers != nil {
 		doc.Manifest.Layers = *w.Layers
 	}
-	return doc, checkManifest(doc.Manifest)
+	if err := checkManifest(doc.Manifest); err != nil {
+		return doc, err
+	}
+	if !isImage(doc.Manifest.Config.MediaType) {
+		doc.Artifact, err = artifact(doc.Manifest)
+	}
+	return doc, err
 }
 
 type kind string
@@ -178,12 +185,11 @@ func checkManifest(m *ocispec.Manifest) error {
 	if err := CheckDescriptor(m.Config); err != nil {
 		return err
 	}
-	switch m.Config.MediaType {
-	case ocispec.MediaTypeImageConfig, DockerConfig:
-	default:
-		return errs.New(errs.FailedPrecondition, "read manifest: its config is of type %.100q, so it is not a container image", m.Config.MediaType)
+	image := isImage(m.Config.MediaType)
+	if m.Config.MediaType == "" {
+		return errs.New(errs.FailedPrecondition, "read manifest: its config has no type")
 	}
-	if m.Config.Size > MaxConfigSize {
+	if image && m.Config.Size > MaxConfigSize {
 		return errs.New(errs.ResourceExhausted, "read manifest: the config has %d bytes, more than %d", m.Config.Size, MaxConfigSize)
 	}
 	if len(m.Layers) > MaxLayers {
@@ -192,6 +198,9 @@ func checkManifest(m *ocispec.Manifest) error {
 	for _, l := range m.Layers {
 		if err := CheckDescriptor(l); err != nil {
 			return err
+		}
+		if !image {
+			continue // any type of file
 		}
 		if err := CheckLayerType(l.MediaType); err != nil {
 			return err

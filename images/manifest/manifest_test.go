@@ -3,6 +3,7 @@ package manifest
 import (
 	"encoding/json"
 	"fmt"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -63,7 +64,9 @@ func TestParse(t *testing.T) {
 		{"schema 3", `{"schemaVersion":3,` + conf + `}`, "", false},
 		{"no schema", `{` + conf + `}`, "", false},
 		{"artifact", `{"schemaVersion":2,"blobs":[]}`, "", false},
-		{"artifact config", strings.Replace(goodM, ocispec.MediaTypeImageConfig, "application/vnd.cncf.helm.config.v1+json", 1), ociM, false},
+		{"artifact config", strings.Replace(goodM, ocispec.MediaTypeImageConfig, "application/vnd.cncf.helm.config.v1+json", 1), ociM, true},
+		{"config of no type", strings.Replace(goodM, ocispec.MediaTypeImageConfig, "", 1), ociM, false},
+		{"artifact with its config as layer", strings.Replace(goodM, ocispec.MediaTypeImageConfig, ocispec.MediaTypeEmptyJSON, 1), DockerManifest, true},
 
 		{"duplicate key", `{"schemaVersion":2,"layers":[],"layers":[` + layer + `],` + conf + `}`, ociM, false},
 		{"duplicate by escape", `{"schemaVersion":2,"layers":[],"\u006cayers":[` + layer + `],` + conf + `}`, ociM, false},
@@ -158,6 +161,8 @@ func TestParseConfig(t *testing.T) {
 		{"two configs", `{"config":{},"Config":{}}`, false},
 		{"rootfs type", `{"rootfs":{"type":"other"}}`, false},
 		{"diff ID", `{"rootfs":{"diff_ids":["sha256:../"]}}`, false},
+		{"a manifest", goodM, false},
+		{"schema version", `{"schemaVersion":null}`, false},
 		{"too large", `{"config":{"User":"` + strings.Repeat("x", MaxConfigSize) + `"}}`, false},
 	}
 	for _, c := range cases {
@@ -214,7 +219,7 @@ func TestSelect(t *testing.T) {
 // What Parse accepts has one meaning: read again after a round through the
 // generic decoder it is the same.
 func FuzzParse(f *testing.F) {
-	for _, s := range []string{goodM, goodI, typedM, `{"schemaVersion":2,"manifests":null,` + conf + `}`} {
+	for _, s := range []string{goodM, goodI, typedM, artifactM("a", "b/c"), artifactM("..", "/a"), `{"schemaVersion":2,"manifests":null,` + conf + `}`} {
 		f.Add([]byte(s), ociM)
 		f.Add([]byte(s), "")
 	}
@@ -234,6 +239,18 @@ func FuzzParse(f *testing.F) {
 		_, hasConfig := generic["config"].(map[string]any)
 		if hasManifests == hasConfig || hasManifests != (doc.Index != nil) {
 			t.Errorf("two things at once: %q", data)
+		}
+		if doc.Artifact != nil {
+			seen := map[string]bool{}
+			for _, f := range doc.Artifact.Files {
+				if !filepath.IsLocal(f.Name) || filepath.Clean(f.Name) != f.Name || f.Name == "." || seen[f.Name] {
+					t.Errorf("file name %q", f.Name)
+				}
+				seen[f.Name] = true
+			}
+			if _, err := ParseConfig(data); err == nil {
+				t.Error("it is an image config, too")
+			}
 		}
 		if doc.Manifest != nil {
 			n, _ := generic["layers"].([]any)

@@ -114,6 +114,14 @@ func (w *World) AddImage(id, name string, c ocispec.ImageConfig) {
 	w.images[id] = &images.Image{ID: id, RepoTags: []string{name}, RepoDigests: []string{"example.test/app@" + id}, Config: c}
 }
 
+// AddArtifact puts an artifact of that type on the node.
+func (w *World) AddArtifact(id, name, kind string) {
+	w.AddImage(id, name, ocispec.ImageConfig{})
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.images[id].Artifact = kind
+}
+
 // FailOn makes the next calls of that name fail ("Sandboxes.Release");
 // times < 0 means all of them, 0 ends it.
 func (w *World) FailOn(call string, times int, err error) {

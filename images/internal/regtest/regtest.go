@@ -336,3 +336,24 @@ func RawHeader(name, link string, typeflag byte, fields map[string]string) []byt
 	put(148, 8, fmt.Sprintf("%06o\x00 ", sum))
 	return h
 }
+
+// Titled is a file of an artifact; without a Title it has its digest alone.
+type Titled struct{ Title, Content string }
+
+// Artifact puts an artifact of such files into the registry, with the empty
+// config that most have.
+func (r *Registry) Artifact(repo, tag string, files ...Titled) (ocispec.Descriptor, []byte) {
+	m := ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: "application/vnd.test.model", Layers: []ocispec.Descriptor{},
+		Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeEmptyJSON, Digest: r.PutBlob([]byte("{}")), Size: 2},
+	}
+	for _, f := range files {
+		l := ocispec.Descriptor{MediaType: "application/octet-stream", Digest: r.PutBlob([]byte(f.Content)), Size: int64(len(f.Content))}
+		if f.Title != "" {
+			l.Annotations = map[string]string{ocispec.AnnotationTitle: f.Title}
+		}
+		m.Layers = append(m.Layers, l)
+	}
+	data := JSON(m)
+	return r.PutManifest(repo, tag, m.MediaType, data), data
+}
