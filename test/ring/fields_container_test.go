@@ -12,6 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 const containerConfig = "CreateContainer.config"
@@ -28,7 +30,7 @@ func (n *Node) soon(f func() bool) bool {
 	if n.dropper.armed.Load() != nil {
 		limit = time.Second
 	}
-	for end := time.Now().Add(slow(limit)); !f(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(testhost.Limit(limit)); !f(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			return false
 		}

@@ -17,6 +17,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // criServices are those whose requests are looked at.
@@ -124,7 +126,7 @@ func (d *dropper) unary(ctx context.Context, method string, req, reply any, cc *
 	req, mutated := d.mutate(method, req)
 	if mutated {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, slow(callTimeArmed))
+		ctx, cancel = context.WithTimeout(ctx, testhost.Limit(callTimeArmed))
 		defer cancel()
 	}
 	return invoke(ctx, method, req, reply, cc, opts...)

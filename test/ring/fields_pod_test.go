@@ -14,6 +14,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 const (
@@ -188,7 +190,7 @@ func askOnce(addr string) error {
 		return err
 	}
 	defer func() { _ = c.Close() }()
-	_ = c.SetDeadline(time.Now().Add(slow(2 * time.Second)))
+	_ = c.SetDeadline(time.Now().Add(testhost.Limit(2 * time.Second)))
 	if _, err := c.Write([]byte("hello")); err != nil {
 		return err
 	}
