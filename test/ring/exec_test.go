@@ -232,7 +232,7 @@ func TestX04_BackgroundChildHoldsStdout(t *testing.T) {
 	id := n.Run(t, pod, nil)
 	run := func(timeout int64) {
 		begin := time.Now()
-		r, err := n.ExecTimeout(t, id, timeout, "/bin/sh", "-c", "sleep 1000 & echo hi")
+		r, err := n.ExecTimeout(t, id, timeout*int64(testhost.Factor()), "/bin/sh", "-c", "sleep 1000 & echo hi")
 		if err != nil || string(r.Stdout) != "hi\n" || r.ExitCode != 0 {
 			t.Errorf("timeout %d: %v %v", timeout, r, err)
 		}
