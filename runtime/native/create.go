@@ -82,6 +82,7 @@ func (x *Executor) Create(ctx context.Context, c *runtime.Container, root *os.Fi
 		{"read its start time", k.readStart},
 	} {
 		if err := s.do(ctx); err != nil {
+			err = k.explain(err)
 			err = errs.New(errs.Of(err), "create container %s: %s: %w", short(c.ID), s.name, err)
 			// The undo has a deadline of its own: the caller's may be what failed.
 			uctx, ucancel := context.WithTimeout(context.WithoutCancel(ctx), setupTimeout)

@@ -3,11 +3,13 @@ package native
 import (
 	"errors"
 	"io"
+	"os"
 	"strings"
 	"testing"
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/runtime"
+	"github.com/naru-project/naru/runtime/cgroup"
 )
 
 // A child that the OOM killer ended is reported as that, with the limit.
@@ -43,6 +45,25 @@ func TestOOMKilledChildIsExplained(t *testing.T) {
 	}
 	if err := (&creation{x: r.Executor, c: c}).explain(died); err != died {
 		t.Errorf("before there is a cgroup: %v", err)
+	}
+}
+
+// So does the create itself: here the pod's limit leaves no room for a process.
+func TestCreateSaysOOM(t *testing.T) {
+	r := newRing(t)
+	if err := r.EnsurePodCgroup(t.Context(), r.parent); err != nil {
+		t.Fatal(err)
+	}
+	file := "/sys/fs/cgroup/memory" + r.parent + "/memory.limit_in_bytes"
+	if r.cfg.Cgroups.Mode() == cgroup.ModeV2 {
+		file = "/sys/fs/cgroup" + r.parent + "/memory.max"
+	}
+	if err := os.WriteFile(file, []byte("16384"), 0); err != nil {
+		t.Fatal(err)
+	}
+	err := r.create(r.container("true"))
+	if !errs.Is(err, errs.FailedPrecondition) || !strings.Contains(err.Error(), "OOM killer") || !strings.Contains(err.Error(), "that of the pod") {
+		t.Errorf("create in a pod without memory: %v", err)
 	}
 }
 
