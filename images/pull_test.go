@@ -124,6 +124,7 @@ func TestDockerTypes(t *testing.T) {
 	failPull(t, s, reg.Host()+"/app:foreign", errs.FailedPrecondition, "foreign")
 }
 
+// Row I-07: many pulls of the same layers at once share one transfer of each.
 func TestJoinedPulls(t *testing.T) {
 	reg := regtest.New(t)
 	img := reg.Build("app", "v1", nil, regtest.Gzip(simple("a")), regtest.Gzip(simple("b")))
@@ -240,6 +241,7 @@ func TestCancelLeavesNothing(t *testing.T) {
 	}
 }
 
+// Row I-16: an image that claims the layers of another.
 func TestPoisonedDiffID(t *testing.T) {
 	reg := regtest.New(t)
 	s := openStore(t, testConfig(t))
@@ -572,7 +574,8 @@ func TestCloseEndsPulls(t *testing.T) {
 	}
 }
 
-// Everything at once, for the race detector.
+// Everything at once, for the race detector. Row I-07: images that share a
+// layer are unpacked, used and removed in parallel.
 func TestConcurrentUse(t *testing.T) {
 	reg := regtest.New(t)
 	base := regtest.Gzip(simple("base"))

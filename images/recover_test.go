@@ -353,7 +353,8 @@ func crashChild() {
 	}
 }
 
-// Whenever the process is killed, the next one finds whole images or none.
+// Row I-07: whenever the process is killed, also between two layers, the next
+// one finds whole images or none.
 func TestKill(t *testing.T) {
 	needRoot(t)
 	reg := regtest.New(t)

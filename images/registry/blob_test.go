@@ -41,6 +41,7 @@ func cut(w http.ResponseWriter, data []byte, n int, total int) {
 	panic(http.ErrAbortHandler)
 }
 
+// Row I-15: a transfer that breaks off goes on only where it was.
 func TestResume(t *testing.T) {
 	reg := regtest.New(t)
 	data, d := blobOf(reg, 4<<20)
@@ -119,6 +120,7 @@ func TestBlobFromAnotherHost(t *testing.T) {
 	}
 }
 
+// Row I-15: sizes other than the promised one, and none at all.
 func TestWrongSizes(t *testing.T) {
 	reg := regtest.New(t)
 	data, d := blobOf(reg, 1<<16)

@@ -649,6 +649,7 @@ func TestDefaultDirAndSeveral(t *testing.T) {
 	wantErr(t, err, errs.Unavailable, "127.0.0.1:1")
 }
 
+// Row I-15, among others: what a registry may answer about a manifest.
 func TestAnswers(t *testing.T) {
 	reg := regtest.New(t)
 	img := reg.Build("app", "v1", nil)

@@ -68,6 +68,7 @@ func TestLayerForms(t *testing.T) {
 	}
 }
 
+// Rows I-15 and I-16: a layer whose bytes are not those that were promised.
 func TestLayerRefused(t *testing.T) {
 	plain := regtest.Tar(file("f", strings.Repeat("abc", 100_000), 0o644))
 	good := regtest.Gzip(plain).Packed
@@ -113,6 +114,7 @@ type endless struct{ n *int64 }
 func (e endless) Read(p []byte) (int, error) { *e.n += int64(len(p)); return len(p), nil }
 func (endless) Close() error                 { return nil }
 
+// Row I-15: reading stops one byte behind the promised size.
 func TestEndlessBlob(t *testing.T) {
 	var n int64
 	b := Blob{Digest: digest.FromString("x"), Size: 1000, DiffID: digest.FromString("y"),

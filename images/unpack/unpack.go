@@ -212,13 +212,17 @@ func (e *extractor) clean(name string) (string, error) {
 }
 
 // rootEntry sets owner, mode and attributes of the layer's root. Anything but
-// a folder there would replace the root itself (CVE-2021-29136).
+// a folder there would replace the root itself (CVE-2021-29136); a mode by
+// which nobody could enter it says nothing.
 func (e *extractor) rootEntry(hdr *tar.Header) error {
 	if hdr.Typeflag != tar.TypeDir {
 		return badf("it would replace the root folder")
 	}
 	if err := checkIDs(hdr); err != nil {
 		return err
+	}
+	if hdr.Mode&0o111 == 0 {
+		hdr.Mode = 0o755
 	}
 	if err := e.attributes(e.root, hdr, unix.S_IFDIR); err != nil {
 		return err

@@ -193,8 +193,8 @@ var (
 	link    = regtest.Link
 )
 
-// The cases are those of containerd's TestBreakouts and of the CVEs named, as
-// they look from inside one layer. %C stands for the canary folder.
+// Rows I-01 to I-06, as they look from inside one layer. %C stands for the
+// canary folder.
 func TestBreakouts(t *testing.T) {
 	etc := []tar.Header{dir("etc", 0o770), file("/etc/passwd", "inside", 0o644)}
 	with := func(more ...tar.Header) []tar.Header { return append(append([]tar.Header{}, etc...), more...) }
@@ -329,6 +329,7 @@ func chain(n int) []tar.Header {
 	return append(list, file(fmt.Sprintf("l%d/f", n-1), "x", 0o644))
 }
 
+// Row I-06: what whiteouts are there for.
 func TestWhiteouts(t *testing.T) {
 	p := newPlace(t)
 	res, err := p.unpack(regtest.Tar(
@@ -632,6 +633,7 @@ func rightSums(data []byte) []byte {
 	return out
 }
 
+// Row I-01: any bytes at all.
 func FuzzTar(f *testing.F) {
 	if os.Geteuid() != 0 {
 		f.Skip("needs root")
