@@ -21,6 +21,8 @@ import (
 const (
 	maxAccountFile = 10 << 20
 	maxAccountLine = 64 << 10
+	// maxAccountFields is one more than passwd(5) has; the rest is nobody's.
+	maxAccountFields = 8
 )
 
 // MaxID is the highest uid and gid that a container may name. Kubernetes has
@@ -97,10 +99,12 @@ func openAccounts(root Root, path string) (io.ReadCloser, error) {
 	return f, nil
 }
 
-// lines gives each line's fields to each until that says stop. Comments, lines
-// with NUL bytes and NIS entries are left out.
+// lines gives each line's fields to each until that says stop; they are good
+// until the next line. Comments, lines with NUL bytes and NIS entries are left
+// out. Nothing is allocated per line: the image decides how many there are.
 func lines(r io.Reader, path string, each func(fields [][]byte) (stop bool, err error)) error {
 	in := bufio.NewReaderSize(r, maxAccountLine)
+	var fields [maxAccountFields][]byte
 	for total := 0; ; {
 		line, err := in.ReadSlice('\n')
 		total += len(line)
@@ -115,7 +119,7 @@ func lines(r io.Reader, path string, each func(fields [][]byte) (stop bool, err 
 		}
 		l := bytes.TrimSuffix(line, []byte("\n"))
 		if len(l) > 0 && !bytes.ContainsRune([]byte("#+-"), rune(l[0])) && bytes.IndexByte(l, 0) < 0 {
-			if stop, err := each(bytes.Split(l, []byte(":"))); stop || err != nil {
+			if stop, err := each(split(l, fields[:0])); stop || err != nil {
 				return err
 			}
 		}
@@ -125,14 +129,25 @@ func lines(r io.Reader, path string, each func(fields [][]byte) (stop bool, err 
 	}
 }
 
+// split appends the fields of a line to into, as many as fit.
+func split(line []byte, into [][]byte) [][]byte {
+	for more := true; more && len(into) < cap(into); {
+		var field []byte
+		field, line, more = bytes.Cut(line, []byte(":"))
+		into = append(into, field)
+	}
+	return into
+}
+
 // findAccount gives the first account with the name, or (name empty) the uid.
 func findAccount(r io.Reader, name string, uid uint32) (found *account, err error) {
+	want := significant([]byte(strconv.FormatUint(uint64(uid), 10)))
 	err = lines(r, "/etc/passwd", func(f [][]byte) (bool, error) {
-		if len(f) < 4 {
+		if len(f) < 4 || name != "" && string(f[0]) != name || name == "" && !bytes.Equal(significant(f[2]), want) {
 			return false, nil
 		}
 		id, numeric, idErr := ParseID(string(f[2]))
-		if name != "" && string(f[0]) != name || name == "" && (!numeric || idErr != nil || id != uid) {
+		if name == "" && (!numeric || idErr != nil || id != uid) {
 			return false, nil //nolint:nilerr // not the one; its faults are nobody's
 		}
 		gid, gidNumeric, gidErr := ParseID(string(f[3]))
@@ -148,20 +163,28 @@ func findAccount(r io.Reader, name string, uid uint32) (found *account, err erro
 	return found, err
 }
 
+// significant is a number as text without what may stand before it.
+func significant(digits []byte) []byte { return bytes.TrimLeft(digits, "+0") }
+
 // findGroups gives the gid of the group called name (if name is not empty) and
 // the gids of all groups that have member (if that is not empty).
 func findGroups(r io.Reader, name, member string) (gid *uint32, of []uint32, err error) {
-	seen := map[uint32]bool{}
+	seen, lists := map[uint32]bool{}, 0
 	err = lines(r, "/etc/group", func(f [][]byte) (bool, error) {
 		if len(f) < 3 {
 			return false, nil
 		}
-		id, numeric, idErr := ParseID(string(f[2]))
 		named := name != "" && gid == nil && string(f[0]) == name
 		in := member != "" && len(f) > 3 && hasMember(f[3], member)
 		if !named && !in {
 			return false, nil
 		}
+		if in {
+			if lists++; lists > maxGroups {
+				return true, errs.New(errs.FailedPrecondition, "read /etc/group of the image: user %q is in more than %d groups", clip(member), maxGroups)
+			}
+		}
+		id, numeric, idErr := ParseID(string(f[2]))
 		if !numeric || idErr != nil {
 			return true, errs.New(errs.FailedPrecondition, "read /etc/group of the image: group %q has no valid gid", clip(string(f[0])))
 		}
@@ -171,9 +194,6 @@ func findGroups(r io.Reader, name, member string) (gid *uint32, of []uint32, err
 		if in && !seen[id] {
 			seen[id] = true
 			of = append(of, id)
-			if len(of) > maxGroups {
-				return true, errs.New(errs.FailedPrecondition, "read /etc/group of the image: user %q is in more than %d groups", clip(member), maxGroups)
-			}
 		}
 		return false, nil
 	})
