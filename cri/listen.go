@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -24,8 +25,8 @@ const maxSocketPath = 107
 // Listen makes the unix socket at path for root alone, or also for members of
 // allowGIDs. Whoever can connect is root on this node, so:
 //
-//   - a missing parent folder is made with mode 0700, and one that others may
-//     write to is refused;
+//   - a missing parent folder is made with mode 0700, and one that others own
+//     or may write to is refused;
 //   - the socket is made in a private folder, given its mode and then renamed
 //     to path, so that nobody finds it half made;
 //   - a stale socket is replaced, a living one or anything else is an error;
@@ -65,9 +66,15 @@ func prepareFolder(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return errs.New(errs.Internal, "make socket folder: %w", err)
 	}
+	link, lerr := os.Lstat(dir)
 	info, err := os.Stat(dir)
-	if err != nil {
+	if err := errors.Join(lerr, err); err != nil {
 		return errs.New(errs.Internal, "look at socket folder: %w", err)
+	}
+	for _, i := range []fs.FileInfo{link, info} { // their owner could put a socket of theirs in the place of ours
+		if st, ok := i.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+			return errs.New(errs.FailedPrecondition, "socket folder %s belongs to user %d; run chown root on it", dir, st.Uid)
+		}
 	}
 	if info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0 {
 		return errs.New(errs.FailedPrecondition, "socket folder %s may be written by others (mode %04o); run chmod go-w on it", dir, info.Mode().Perm())

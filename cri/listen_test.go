@@ -17,6 +17,8 @@ import (
 	"github.com/naru-project/naru/internal/sys"
 )
 
+// Row S-13: with umask 0, socket and folder are root's alone, and nothing else
+// is left in the folder.
 func TestListenMakesAPrivateSocket(t *testing.T) {
 	old := syscall.Umask(0)
 	defer syscall.Umask(old)
@@ -50,6 +52,7 @@ func checkMode(t *testing.T, path string, want fs.FileMode) {
 	}
 }
 
+// Row S-13: a stale socket is replaced.
 func TestListenReplacesAStaleSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
@@ -68,6 +71,60 @@ func TestListenReplacesAStaleSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = c.Close()
+}
+
+// Row S-13: links at the path, to whatever, and folders that are somebody
+// else's. What a link leads to stays as it is.
+func TestListenInHostilePlaces(t *testing.T) {
+	old := syscall.Umask(0)
+	defer syscall.Umask(old)
+	dir := t.TempDir()
+	live, err := net.Listen("unix", filepath.Join(dir, "live"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer live.Close()
+	for name, to := range map[string]string{
+		"living socket": filepath.Join(dir, "live"), "nothing": filepath.Join(dir, "victim"), "folder": dir, "itself": filepath.Join(dir, "itself"), "device": "/dev/null",
+	} {
+		link := filepath.Join(dir, name)
+		if name == "folder" {
+			link = filepath.Join(dir, "link to a folder")
+		}
+		if err := os.Symlink(to, link); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Listen(link, nil); !errs.Is(err, errs.FailedPrecondition) {
+			t.Errorf("a link to %s: %v", name, err)
+		}
+		if now, err := os.Readlink(link); err != nil || now != to {
+			t.Errorf("the link to %s has changed: %s %v", name, now, err)
+		}
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "victim")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("made through a link: %v", err)
+	}
+	if os.Getuid() != 0 {
+		t.Skip("needs root for folders of others")
+	}
+	theirs, link := filepath.Join(dir, "theirs"), filepath.Join(dir, "their link")
+	ours := filepath.Join(dir, "ours")
+	if err := errors.Join(os.Mkdir(theirs, 0o700), os.Chown(theirs, 1000, 0), os.Mkdir(ours, 0o700), os.Symlink(ours, link), os.Lchown(link, 1000, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	for _, folder := range []string{theirs, link} {
+		if _, err := Listen(filepath.Join(folder, "s"), nil); !errs.Is(err, errs.FailedPrecondition) || !strings.Contains(err.Error(), folder) {
+			t.Errorf("%s: %v", folder, err)
+		}
+	}
+	if err := os.Lchown(link, 0, 0); err != nil { // as /var/run is
+		t.Fatal(err)
+	}
+	l, err := Listen(filepath.Join(link, "s"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = l.Close()
 }
 
 // An old daemon that closes late must not take the new one's socket away.
@@ -89,6 +146,7 @@ func TestCloseLeavesASuccessorAlone(t *testing.T) {
 	}
 }
 
+// Row S-13: something else was made at the path before.
 func TestListenRefusesWhatIsNoSocket(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
@@ -132,6 +190,7 @@ func TestListenRefusesWhatIsNoSocket(t *testing.T) {
 	}
 }
 
+// Row S-13: who is let in.
 func TestAdmit(t *testing.T) {
 	tests := []struct {
 		cred sys.PeerCred
@@ -152,7 +211,7 @@ func TestAdmit(t *testing.T) {
 	}
 }
 
-// The second wall: somebody who can open the socket file, yet is not root.
+// Row S-13, the second wall: somebody who can open the socket file, yet is not root.
 func TestPeersAreAskedOfTheKernel(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root, to connect as somebody else")

@@ -16,13 +16,14 @@ import (
 	"k8s.io/klog/v2"
 )
 
+// Row S-01: without a token there is one answer, whatever is asked for.
 func TestEverythingElseIsNotFound(t *testing.T) {
 	s := start(t, &fakeBackend{}, Config{})
 	base := "http://" + s.Addr()
 	var answers []string
 	for _, path := range []string{"/", "/exec", "/exec/", "/exec/short", "/exec/" + strings.Repeat("A", 43), "/attach/x", "/portforward/x",
-		"/exec/a/b", "/debug/pprof/", "/metrics", "//exec/x", "/exec/../exec/x"} {
-		for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodOptions, http.MethodHead, "BREW"} {
+		"/exec/a/b", "/debug/pprof/", "/debug/pprof/cmdline", "/metrics", "/healthz", "//exec/x", "/exec/../exec/x", "/%65xec/x", "/exec/" + strings.Repeat("A", 8000)} {
+		for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodOptions, http.MethodHead, "BREW"} {
 			req, _ := http.NewRequest(method, base+path, nil)
 			resp, err := http.DefaultTransport.RoundTrip(req)
 			if err != nil {
@@ -48,6 +49,7 @@ func TestEverythingElseIsNotFound(t *testing.T) {
 	}
 }
 
+// Row S-02: after a session that succeeded, its URL is spent.
 func TestTokenWorksOnce(t *testing.T) {
 	s := start(t, &fakeBackend{}, Config{})
 	u, err := s.ExecURL(Command{ContainerID: "c", Cmd: []string{"echo", "x"}, Stdout: true})
@@ -223,7 +225,7 @@ func TestSPDYBombs(t *testing.T) {
 	}
 }
 
-// Tokens must never be logged, however loud the log is.
+// Row S-02: tokens must never be logged, however loud the log is.
 func TestTokensAreNotLogged(t *testing.T) {
 	var mu sync.Mutex
 	var out bytes.Buffer

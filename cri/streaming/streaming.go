@@ -212,12 +212,26 @@ type Command struct {
 	TTY, Stdin, Stdout, Stderr bool
 }
 
+// size is what c takes in memory, about.
+func (c Command) size() int {
+	n := requestBytes + len(c.ContainerID)
+	for _, word := range c.Cmd {
+		n += 16 + len(word)
+	}
+	return n
+}
+
 // Forward is a port-forward request. Ports, where given, are the only ones
 // that may be forwarded; the WebSocket channel protocol needs them.
 type Forward struct {
 	PodID string
 	Ports []uint16
 }
+
+func (f Forward) size() int { return requestBytes + len(f.PodID) + 2*len(f.Ports) }
+
+// requestBytes is what every request with a token takes, about.
+const requestBytes = 512
 
 // kind of a request, as it stands in the URL.
 type kind string
@@ -229,22 +243,24 @@ const (
 )
 
 // ExecURL returns the one-time URL of an exec.
-func (s *Server) ExecURL(c Command) (string, error) { return s.url(kindExec, c) }
+func (s *Server) ExecURL(c Command) (string, error) { return s.url(kindExec, c, c.size()) }
 
 // AttachURL returns the one-time URL of an attach.
-func (s *Server) AttachURL(c Command) (string, error) { return s.url(kindAttach, c) }
+func (s *Server) AttachURL(c Command) (string, error) { return s.url(kindAttach, c, c.size()) }
 
 // PortForwardURL returns the one-time URL of a port-forward.
-func (s *Server) PortForwardURL(f Forward) (string, error) { return s.url(kindPortForward, f) }
+func (s *Server) PortForwardURL(f Forward) (string, error) {
+	return s.url(kindPortForward, f, f.size())
+}
 
-func (s *Server) url(k kind, request any) (string, error) {
+func (s *Server) url(k kind, request any, size int) (string, error) {
 	s.mu.Lock()
 	base, closed := s.base, s.closed
 	s.mu.Unlock()
 	if closed || base.Host == "" {
 		return "", errs.New(errs.Unavailable, "make %s URL: streaming server is not running", k)
 	}
-	token, err := s.tokens.insert(k, request)
+	token, err := s.tokens.insert(k, request, size)
 	if err != nil {
 		return "", err
 	}

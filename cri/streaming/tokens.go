@@ -13,8 +13,13 @@ import (
 // tokenBytes of randomness stand in one token.
 const tokenBytes = 32
 
+// maxHeld is how many bytes all requests with a token may have: a single
+// command may have as many as fit in a message.
+const maxHeld = 32 << 20
+
 // tokenCache keeps requests under single-use random tokens for a short time.
-// It holds at most max of them: memory stays flat whatever a caller does.
+// It holds at most max of them, and maxHeld bytes: memory stays flat whatever a
+// caller does.
 type tokenCache struct {
 	max int
 	ttl time.Duration
@@ -23,12 +28,14 @@ type tokenCache struct {
 	mu    sync.Mutex
 	index map[string]*list.Element // of token
 	order *list.List               // of *tokenEntry, oldest first
+	held  int                      // bytes
 }
 
 type tokenEntry struct {
 	token   string
 	kind    kind
 	request any
+	size    int
 	expires time.Time
 }
 
@@ -36,8 +43,8 @@ func newTokenCache(limit int, ttl time.Duration, now func() time.Time) *tokenCac
 	return &tokenCache{max: limit, ttl: ttl, now: now, index: map[string]*list.Element{}, order: list.New()}
 }
 
-// insert keeps request under a fresh token.
-func (c *tokenCache) insert(k kind, request any) (string, error) {
+// insert keeps request, of that many bytes, under a fresh token.
+func (c *tokenCache) insert(k kind, request any, size int) (string, error) {
 	raw := make([]byte, tokenBytes)
 	_, _ = rand.Read(raw) // documented never to fail
 	token := base64.RawURLEncoding.EncodeToString(raw)
@@ -50,8 +57,13 @@ func (c *tokenCache) insert(k kind, request any) (string, error) {
 		return "", errs.New(errs.ResourceExhausted,
 			"make %s URL: %d URLs are outstanding; they end after %s at the latest", k, c.order.Len(), c.ttl)
 	}
-	e := &tokenEntry{token: token, kind: k, request: request, expires: now.Add(c.ttl)}
+	if size > maxHeld-c.held {
+		return "", errs.New(errs.ResourceExhausted,
+			"make %s URL: the requests of %d outstanding URLs have %d bytes, with this one more than %d; they end after %s at the latest", k, c.order.Len(), c.held, maxHeld, c.ttl)
+	}
+	e := &tokenEntry{token: token, kind: k, request: request, size: size, expires: now.Add(c.ttl)}
 	c.index[token] = c.order.PushBack(e)
+	c.held += size
 	return token, nil
 }
 
@@ -64,8 +76,7 @@ func (c *tokenCache) take(k kind, token string) (any, bool) {
 	if !ok {
 		return nil, false
 	}
-	e := c.order.Remove(el).(*tokenEntry)
-	delete(c.index, token)
+	e := c.forget(el)
 	if e.kind != k || c.now().After(e.expires) {
 		return nil, false
 	}
@@ -74,11 +85,16 @@ func (c *tokenCache) take(k kind, token string) (any, bool) {
 
 func (c *tokenCache) dropExpired(now time.Time) {
 	for el := c.order.Front(); el != nil; el = c.order.Front() {
-		e := el.Value.(*tokenEntry)
-		if !now.After(e.expires) {
+		if !now.After(el.Value.(*tokenEntry).expires) {
 			return
 		}
-		c.order.Remove(el)
-		delete(c.index, e.token)
+		c.forget(el)
 	}
+}
+
+func (c *tokenCache) forget(el *list.Element) *tokenEntry {
+	e := c.order.Remove(el).(*tokenEntry)
+	delete(c.index, e.token)
+	c.held -= e.size
+	return e
 }
