@@ -126,6 +126,7 @@ func callRPC(ctx context.Context, t testing.TB, conn *grpc.ClientConn, path stri
 	}
 }
 
+// Row S-15: every call with nothing in its request.
 func TestAllRPCsWithEmptyRequests(t *testing.T) {
 	s, _, _ := newTestServer()
 	conn := serve(t, s)
@@ -157,6 +158,7 @@ func timeoutFor(m protoreflect.MethodDescriptor) time.Duration {
 	return 10 * time.Second
 }
 
+// Row S-15: every field wrong.
 func TestAllRPCsWithGarbage(t *testing.T) {
 	s, _, _ := newTestServer()
 	conn := serve(t, s)
@@ -235,7 +237,7 @@ func (g garbage) scalar(f protoreflect.FieldDescriptor) protoreflect.Value {
 	panic("field kind " + f.Kind().String())
 }
 
-// One nil at a time: a request that is fine but for one message that is not there.
+// Row S-15, one nil at a time: a request that is fine but for one message that is not there.
 func TestAllRPCsWithOneNilSubmessage(t *testing.T) {
 	s, _, _ := newTestServer()
 	desc := append(criv1.RuntimeService_ServiceDesc.Methods, criv1.ImageService_ServiceDesc.Methods...)
@@ -283,7 +285,7 @@ func invoke(s *Server, d grpc.MethodDesc, req proto.Message) error {
 	return err
 }
 
-// Handlers must stand a nil request: in-process callers may pass one.
+// Row S-15: handlers must stand a nil request: in-process callers may pass one.
 func TestAllHandlersWithNilRequest(t *testing.T) {
 	s, _, _ := newTestServer()
 	v := reflect.ValueOf(s)
@@ -314,7 +316,7 @@ func (d *discard) RecvMsg(m any) error {
 	return proto.Unmarshal(d.req, m.(proto.Message))
 }
 
-// FuzzCRI sends bytes as the request of any RPC.
+// FuzzCRI (row S-15) sends bytes as the request of any RPC.
 func FuzzCRI(f *testing.F) {
 	s, pods, store := newTestServer()
 	_ = store

@@ -255,10 +255,20 @@ func (f *fakePods) SandboxStats(_ context.Context, id string) (*pod.SandboxStats
 	return &pod.SandboxStats{Pod: p}, nil
 }
 
-func (f *fakePods) ListSandboxStats(_ context.Context, filter pod.Filter) []*pod.SandboxStats {
+func (f *fakePods) ListSandboxStats(ctx context.Context, filter pod.Filter) []*pod.SandboxStats {
 	var out []*pod.SandboxStats
+	members := map[string][]*pod.ContainerStats{}
+	for _, c := range f.ListContainerStats(ctx, pod.Filter{}) {
+		if c != nil {
+			members[c.Container.PodID] = append(members[c.Container.PodID], c)
+		}
+	}
 	for _, p := range f.Sandboxes(filter) {
-		out = append(out, &pod.SandboxStats{Pod: p})
+		st := &pod.SandboxStats{Pod: p, Containers: members[p.ID]}
+		if len(st.Containers) > 0 {
+			st.Stats = st.Containers[0].Stats
+		}
+		out = append(out, st)
 	}
 	return out
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	goruntime "runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -83,6 +84,7 @@ func TestErrorTextIsValidUTF8(t *testing.T) {
 	}
 }
 
+// Row S-15: a bug in a handler ends one call.
 func TestPanicBecomesInternal(t *testing.T) {
 	s, pods, _ := newTestServer()
 	c := runtimeClient(t, s)
@@ -215,6 +217,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+// Row S-14: messages of 15 and 17 MiB, and an answer longer than a message.
 func TestMessageLimits(t *testing.T) {
 	s, pods, _ := newTestServer()
 	c := runtimeClient(t, s)
@@ -281,11 +284,16 @@ func TestFitOutput(t *testing.T) {
 	}
 }
 
+// Row S-14: 5000 calls at once, all given up by their caller.
 func TestManyCallsAtOnce(t *testing.T) {
 	s, pods, _ := newTestServer()
 	pods.block = make(chan struct{})
 	c := runtimeClient(t, s)
 	req := &criv1.RunPodSandboxRequest{Config: &criv1.PodSandboxConfig{Metadata: &criv1.PodSandboxMetadata{Name: "n"}}}
+	if _, err := c.Version(t.Context(), &criv1.VersionRequest{}); err != nil { // the connection is there
+		t.Fatal(err)
+	}
+	before := goruntime.NumGoroutine()
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	got := make([]codes.Code, 5000)
@@ -301,6 +309,11 @@ func TestManyCallsAtOnce(t *testing.T) {
 	for i, code := range got {
 		if code != codes.Canceled {
 			t.Fatalf("call %d: %v", i, code)
+		}
+	}
+	for end := time.Now().Add(5 * time.Second); goruntime.NumGoroutine() > before+10; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d goroutines before, %d after", before, goruntime.NumGoroutine())
 		}
 	}
 	close(pods.block)
