@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	goruntime "runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -23,6 +24,26 @@ import (
 )
 
 // The rows of docs/security.md about the CRI calls.
+
+// Row U-01: what kubelet learns of an image's USER, for runAsNonRoot: the number
+// that it is, or a text that it refuses as it is no number; nothing only when
+// nothing stands there.
+func TestRowU01WhatKubeletLearns(t *testing.T) {
+	for _, user := range []string{"4294967296", "4294967295", "2147483648", "99999999999999999999", "-1", "00", "+0", "0x0", "1e3", "1000 ", "１０００", "1000:4294967296",
+		"0", "0:0", "0 ", "root", "toor:5", "nobody", "1000", "+1000", "-0"} {
+		uid, name := imageUser(user)
+		half, _, _ := strings.Cut(user, ":")
+		n, err := strconv.ParseInt(half, 10, 64)
+		if uid != nil && (err != nil || n != uid.Value || name != "") || uid == nil && name != half {
+			t.Errorf("%q: uid %v, name %q", user, uid, name)
+		}
+	}
+	for _, user := range []string{"", ":", ":5"} {
+		if uid, name := imageUser(user); uid != nil || name != "" {
+			t.Errorf("%q: uid %v, name %q", user, uid, name)
+		}
+	}
+}
 
 // repeated sends the same MiB again and again as one message.
 type repeated struct {

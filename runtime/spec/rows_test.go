@@ -76,23 +76,6 @@ func TestRowU01NumbersAreNoNames(t *testing.T) {
 	}
 }
 
-// Row U-01: what kubelet learns of such an image, for runAsNonRoot: the number,
-// or that it is a name, or nothing; never root for what is not 0.
-func TestRowU01WhatKubeletLearns(t *testing.T) {
-	for _, s := range hostileUsers {
-		uid, name := ImageUser(s)
-		user, _, _ := strings.Cut(s, ":")
-		if uid != nil {
-			if n, err := strconv.ParseInt(user, 10, 64); err != nil || n != *uid {
-				t.Errorf("%q: uid %d", s, *uid)
-			}
-		}
-		if name != "" && (signedDigits.MatchString(name) || name != user) {
-			t.Errorf("%q: name %q", s, name)
-		}
-	}
-}
-
 // Row U-02: (uid_t)-1 in every place that can say it.
 func TestRowU02MinusOne(t *testing.T) {
 	n := func(v int64) *int64 { return &v }

@@ -107,23 +107,6 @@ func idOrName(s string) (id *uint32, name string, err error) {
 	return nil, s, nil
 }
 
-// ImageUser tells what an image's USER means to CRI's ImageStatus: a uid, or a
-// name; neither for an image that says nothing or nonsense. kubelet decides by
-// it whether runAsNonRoot is kept.
-func ImageUser(s string) (uid *int64, name string) {
-	if s == "" {
-		return nil, ""
-	}
-	r, err := imageUser(s)
-	if err != nil {
-		return nil, ""
-	}
-	if r.uid != nil {
-		return new(int64(*r.uid)), ""
-	}
-	return nil, r.name
-}
-
 // validName accepts the names that can stand in passwd and group and could be
 // meant as such: printable ASCII without blanks, ':' and ','.
 func validName(s string) bool {
