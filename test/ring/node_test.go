@@ -65,6 +65,7 @@ type options struct {
 	env     []string
 	binary  string
 	podCIDR string
+	umask0  bool
 }
 
 // Option changes how a node is started.
@@ -79,6 +80,9 @@ func WithInherited(f ...*os.File) Option { return func(o *options) { o.files = a
 
 // WithEnv adds to the environment of keeper and daemon.
 func WithEnv(env ...string) Option { return func(o *options) { o.env = append(o.env, env...) } }
+
+// WithUmaskZero starts keeper and daemon with umask 0.
+func WithUmaskZero() Option { return func(o *options) { o.umask0 = true } }
 
 // WithPodCIDR replaces the ranges of pod addresses (TOML list).
 func WithPodCIDR(list string) Option { return func(o *options) { o.podCIDR = list } }
@@ -144,6 +148,9 @@ func (n *Node) command(log string, args ...string) *exec.Cmd {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() { _ = f.Close() })
+	if n.opts.umask0 {
+		args = append([]string{"/bin/sh", "-c", `umask 0; exec "$@"`, "sh"}, args...)
+	}
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = f, f
 	cmd.ExtraFiles = n.opts.files
