@@ -4,6 +4,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -81,6 +82,37 @@ func TestPlans(t *testing.T) {
 }
 
 // TestSeccompIsLast: after the filter is loaded only execve may follow.
+// Row N-07: no plan opens anything of /proc or /sys by its path; a procfs is
+// always a descriptor. (init.plan is the exception: it mounts one in a root of
+// our own that holds nothing of a container's.)
+func TestRowN07NoPathsOfProc(t *testing.T) {
+	plans, err := filepath.Glob("testdata/*.plan")
+	if err != nil || len(plans) < 8 {
+		t.Fatal(plans, err)
+	}
+	opened := 0
+	for _, name := range plans {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if (strings.Contains(line, `"/proc`) || strings.Contains(line, `"/sys`)) && filepath.Base(name) != "init.plan" {
+				t.Errorf("%s: %s", name, line)
+			}
+			if strings.Contains(line, "openat") {
+				opened++
+				if !strings.Contains(line, "openat(<proc>, ") && !strings.Contains(line, "openat2(<proc>, ") {
+					t.Errorf("%s: not by our own procfs: %s", name, line)
+				}
+			}
+		}
+	}
+	if opened == 0 {
+		t.Error("no plan opens anything: this test looks at the wrong thing")
+	}
+}
+
 func TestSeccompIsLast(t *testing.T) {
 	f := os.Stdin
 	l := startPlan(testProcess(), startShape{newPID: true}, startFiles{status: f, proc: f, stdin: f, stdout: f, stderr: f, mounts: f, gate: f})

@@ -3,6 +3,9 @@ package ring
 import (
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -105,6 +108,12 @@ func TestX02_ExecUser(t *testing.T) {
 		if m["uids"] != "1000 1000 1000" || m["gids"] != "1000 1000 1000" || m["groups"] != "1000 2000 3000" || capSet(t, m, "CapEff") != 0 {
 			t.Errorf("%s: an exec runs as %v", when, m)
 		}
+		s := n.execStream(t, id, streamOptions{}, "/bin/evil", "ids")
+		s.exitCode()
+		if m := facts(s.out.String()); m["uids"] != "1000 1000 1000" || m["gids"] != "1000 1000 1000" || m["groups"] != "1000 2000 3000" {
+			t.Errorf("%s: a streamed exec runs as %v", when, m)
+		}
+		s.close()
 	}
 	check("after the files were rewritten")
 	n.RestartDaemon()
@@ -154,6 +163,12 @@ func TestX03_ExecPlacement(t *testing.T) {
 			if out, _, _ := n.Exec(t, id, "/bin/evil", "place"); out != init {
 				t.Errorf("after a restart of the daemon, the first process:\n%san exec:\n%s", init, out)
 			}
+			// The first process is in a cgroup below its own meanwhile.
+			moveDown(t, n.PID(t, id))
+			checkExecCgroup(t, n, id)
+			if out, _, _ := n.Exec(t, id, "/bin/evil", "place"); out != init {
+				t.Errorf("the first process, moved:\n%san exec:\n%s", init, out)
+			}
 			// More than the limit: the kernel ends the hog, not the container.
 			r, err := n.ExecErr(t, id, "/bin/evil", "hog", "512")
 			if err != nil || r.ExitCode != 137 {
@@ -161,6 +176,37 @@ func TestX03_ExecPlacement(t *testing.T) {
 			}
 			n.RemovePod(t, pod)
 		})
+	}
+}
+
+// moveDown puts a process into a new cgroup below its own, in every hierarchy
+// that holds it, as it could do with a delegated tree.
+func moveDown(t *testing.T, pid int) {
+	t.Helper()
+	moved := 0
+	for controllers, path := range cgroupsOf(t, pid) {
+		for _, top := range []string{"/sys/fs/cgroup/" + controllers, "/sys/fs/cgroup/unified", "/sys/fs/cgroup"} {
+			dir := filepath.Join(top, path)
+			if procs, err := os.ReadFile(dir + "/cgroup.procs"); path == "/" || err != nil || !slices.Contains(strings.Fields(string(procs)), strconv.Itoa(pid)) {
+				continue
+			}
+			if err := os.Mkdir(dir+"/moved", 0o755); err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range []string{"cpuset.cpus", "cpuset.mems"} { // without, a cgroup v1 cpuset takes nobody
+				if v, err := os.ReadFile(dir + "/" + f); err == nil {
+					_ = os.WriteFile(dir+"/moved/"+f, v, 0o644)
+				}
+			}
+			if err := os.WriteFile(dir+"/moved/cgroup.procs", []byte(strconv.Itoa(pid)), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			moved++
+			break
+		}
+	}
+	if moved == 0 {
+		t.Error("the first process could not be moved")
 	}
 }
 
@@ -211,7 +257,8 @@ func cgroupsOf(t testing.TB, pid int) map[string]string {
 	return m
 }
 
-// counts are what execs must not leave in the daemon and the worker.
+// counts are what execs must not leave: descriptors of the daemon, the worker and
+// the keeper, and processes of theirs.
 func (n *Node) counts(t testing.TB) (fds int) {
 	t.Helper()
 	for _, pid := range []int{n.DaemonPID(), n.WorkerPID(), n.KeeperPID()} {
@@ -220,6 +267,11 @@ func (n *Node) counts(t testing.TB) (fds int) {
 			t.Fatal(err)
 		}
 		fds += len(l)
+	}
+	for _, pid := range allPIDs() { // helpers that wait for something
+		if running(pid) && strings.HasPrefix(cmdline(pid), "naru") {
+			fds++
+		}
 	}
 	return fds
 }

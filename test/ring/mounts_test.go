@@ -31,6 +31,9 @@ var maskedFiles = []string{"/proc/kcore", "/proc/keys", "/proc/timer_list", "/pr
 func (n *Node) checkMasks(t testing.TB, id, what string) {
 	t.Helper()
 	found := 0
+	if out := n.Sh(t, id, "for f in "+strings.Join(maskedFiles, " ")+"; do test ! -e $f || { head -c 60 $f; echo x >$f; head -c 60 $f; }; done"); out != "" {
+		t.Errorf("%s: masked files say %q", what, out)
+	}
 	for path, kind := range n.kinds(t, id, maskedFiles...) {
 		switch {
 		case path == "end" || kind == "ENOENT":
@@ -144,14 +147,15 @@ func TestM04_HostileTerminalPaths(t *testing.T) {
 	n := StartNode(t)
 	pod := n.Pod(t, nil)
 	pts := []Entry{Dir("dev"), Dir("dev/pts")}
-	for i := range 20 {
+	for i := range 21 {
 		pts = append(pts, Symlink(fmt.Sprintf("dev/pts/%d", i), "/proc/sys/kernel/core_pattern"))
 	}
 	images := map[string][]Entry{
 		"pts": pts, "pts is a link": {Symlink("dev/pts", canary.Dir)}, "ptmx": {Symlink("dev/ptmx", canary.Dir+"/f")},
 		"console → sysrq": {Symlink("dev/console", "/proc/sysrq-trigger")}, "console → canary": {Symlink("dev/console", "/"+canary.Up()+"/f")},
 		"console → new": {Symlink("dev/console", canary.Dir+"/new")}, "console is a folder": {Dir("dev/console")},
-		"console is a FIFO": {{Name: "dev/console", Type: '6', Mode: 0o666}}, "tty": {Symlink("dev/tty", canary.Dir+"/f")},
+		"console is a FIFO": {{Name: "dev/console", Type: '6', Mode: 0o666}}, "console is a hung terminal": {{Name: "dev/console", Type: '3', Mode: 0o666, Major: 136, Minor: 4095}},
+		"console is the host's": {{Name: "dev/console", Type: '3', Mode: 0o666, Major: 5, Minor: 1}}, "tty": {Symlink("dev/tty", canary.Dir+"/f")},
 	}
 	for what, entries := range images {
 		image := n.Image(t, ImageConfig{}, entries...)

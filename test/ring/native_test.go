@@ -109,7 +109,7 @@ func TestN01_JoinerInSharedPIDNamespace(t *testing.T) {
 				if ptrace {
 					addCaps("SYS_PTRACE")(c)
 				}
-				c.Command = []string{"/bin/evil", "watch", hidden(secret), hidden(control)}
+				c.Command = []string{"/bin/evil", "watch", hidden(secret), hidden(control), canary.Dir}
 			})
 			n.awaitLog(t, attacker, "watching")
 			sibling := n.Run(t, pod, nil)
@@ -154,9 +154,15 @@ func checkWatch(t *testing.T, out string, ptrace bool, canary *Canary) {
 	if ptrace && (number(t, m, "bytes") == 0 || m["control"] != "found") {
 		t.Error("with CAP_SYS_PTRACE the joiner's own environment was not found: the search for the secret proves nothing")
 	}
+	if ptrace && number(t, m, "opened") == 0 {
+		t.Error("no descriptor of a joiner was opened: the attack proves nothing")
+	}
+	if strings.Contains(out, "CANARY") {
+		t.Error("the host was reached through what a joining process has open")
+	}
 	if !ptrace {
-		if number(t, m, "mem_ok")+number(t, m, "seize_ok") > 0 {
-			t.Error("a joining process can be read or seized without CAP_SYS_PTRACE")
+		if number(t, m, "mem_ok")+number(t, m, "seize_ok")+number(t, m, "opened") > 0 {
+			t.Error("a joining process can be read, seized or its descriptors opened without CAP_SYS_PTRACE")
 		}
 		if number(t, m, "seize_no") == 0 {
 			t.Error("no attempt was refused: the attack proves nothing")
@@ -259,6 +265,11 @@ func TestN02_RuntimeBinary(t *testing.T) {
 		m := facts(out)
 		if number(t, m, "seen") == 0 {
 			t.Error("no joining process was seen")
+		}
+		for line := range strings.Lines(out) {
+			if exe, ok := strings.CutPrefix(line, "exe "); ok && !strings.HasPrefix(exe, "/memfd:") {
+				t.Errorf("a joining process shows its program: %s", exe)
+			}
 		}
 		if number(t, m, "wrote") > 0 {
 			t.Error("the program was written to")
@@ -396,17 +407,43 @@ func TestN05_NoDescriptorLeaks(t *testing.T) {
 				out, _, _ := n.Exec(t, id, "/bin/evil", "fds")
 				checkFDs(t, name+" exec", out)
 			}
+			for _, tty := range []bool{false, true} {
+				s := n.execStream(t, id, streamOptions{tty: tty, stdin: tty}, "/bin/evil", "fds")
+				s.out.waitFor(t, "end")
+				checkFDs(t, fmt.Sprintf("%s streamed exec, tty %v", name, tty), s.out.String())
+				s.close()
+			}
 			n.Remove(t, id)
 		}
 	}
 	for _, pid := range []int{n.DaemonPID(), n.KeeperPID(), n.WorkerPID()} {
 		links, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 		for _, l := range links {
+			if fd, _ := strconv.Atoi(l.Name()); fd > 2 && !closeOnExec(pid, fd) {
+				to, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, fd))
+				t.Errorf("%s: descriptor %d (%s) is not close-on-exec", cmdline(pid), fd, to)
+			}
 			if to, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", pid, l.Name())); to == "/etc/shadow" {
 				t.Errorf("%s has kept an inherited descriptor: %s", cmdline(pid), to)
 			}
 		}
 	}
+}
+
+// closeOnExec tells whether a descriptor of another process, if it is still
+// open, is closed when it executes another program.
+func closeOnExec(pid, fd int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", pid, fd))
+	if err != nil {
+		return true
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 2 && f[0] == "flags:" {
+			flags, err := strconv.ParseInt(f[1], 8, 64)
+			return err == nil && flags&unix.O_CLOEXEC != 0
+		}
+	}
+	return false
 }
 
 // checkFDs demands 0, 1 and 2 and nothing else.

@@ -223,6 +223,32 @@ static int probe(int argc, char **argv)
 	TRY("settimeofday", SYS_settimeofday, (void *)1, 0);
 	TRY("process_vm_readv", SYS_process_vm_readv, 0, &iov, 1, &iov, 1, 0);
 	TRY("ptrace_init", SYS_ptrace, PTRACE_SEIZE, 1, 0, 0);
+	{
+		/* A process of another user that does nothing. */
+		int hello[2], st;
+		pid_t other;
+
+		if (pipe(hello))
+			return 65;
+		other = fork();
+		if (other == 0) {
+			if (setresgid(4321, 4321, 4321) || setresuid(4321, 4321, 4321))
+				_exit(1);
+			if (write(hello[1], "x", 1) != 1)
+				_exit(1);
+			pause();
+			_exit(0);
+		}
+		close(hello[1]);
+		if (read(hello[0], big, 1) == 1) { /* else there are no other users here */
+			TRY("ptrace_other_uid", SYS_ptrace, PTRACE_SEIZE, other, 0, 0);
+			TRY("process_vm_readv_other_uid", SYS_process_vm_readv, other, &iov, 1, &iov, 1, 0);
+			TRY("process_vm_writev_other_uid", SYS_process_vm_writev, other, &iov, 1, &iov, 1, 0);
+		}
+		kill(other, SIGKILL);
+		waitpid(other, &st, 0);
+		close(hello[0]);
+	}
 	TRY("unknown_600", 600);
 	TRY("unknown_4000", 4000);
 #ifdef __x86_64__
@@ -364,6 +390,63 @@ static void links(int pid)
 	closedir(d);
 }
 
+/* descend looks for the canary through the root, the working directory and
+ * every folder that a joining process has open, and for the secret in what files
+ * it has open. Pipes are left alone: to read one would only harm ourselves. */
+static void descend(int pid, const char *canary, const struct pattern *secret, long *opened)
+{
+	static const char *one[] = { "root", "cwd", NULL };
+	static unsigned char buf[1 << 16];
+	char path[2 * PATH_MAX];
+	struct dirent *e;
+	struct stat st;
+	int i, fd;
+	DIR *d;
+
+	for (i = 0; one[i]; i++) {
+		snprintf(path, sizeof path, "/proc/%d/%s/../../../../../../../..%s", pid, one[i], canary);
+		if (access(path, F_OK) == 0 && joining(pid))
+			find("CANARY-through", one[i]);
+	}
+	snprintf(path, sizeof path, "/proc/%d/fd", pid);
+	d = opendir(path);
+	if (!d)
+		return;
+	while ((e = readdir(d))) {
+		if (!isdigit(e->d_name[0]))
+			continue;
+		snprintf(path, sizeof path, "/proc/%d/fd/%s/../../../../../../..%s", pid, e->d_name, canary);
+		if (access(path, F_OK) == 0 && joining(pid))
+			find("CANARY-through", "fd");
+		snprintf(path, sizeof path, "/proc/%d/fd/%s", pid, e->d_name);
+		fd = open(path, O_PATH | O_CLOEXEC);
+		if (fd < 0)
+			continue;
+		if (!joining(pid)) { /* it executed its program before */
+			close(fd);
+			continue;
+		}
+		(*opened)++;
+		if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) {
+			int r = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+			ssize_t n;
+			off_t at = 0;
+
+			while (r >= 0 && (n = pread(r, buf, sizeof buf, at)) > 0 && at < 1 << 20) {
+				if (memmem(buf, n, secret->bytes, secret->len))
+					find("canary-in", path);
+				if (n <= (ssize_t)secret->len)
+					break;
+				at += n - secret->len;
+			}
+			if (r >= 0)
+				close(r);
+		}
+		close(fd);
+	}
+	closedir(d);
+}
+
 static void caps(int pid)
 {
 	char path[64], buf[8192], *p;
@@ -377,8 +460,9 @@ static void caps(int pid)
 }
 
 /*
- * watch SECRET CONTROL: attacks every process that joins, until SIGTERM, and
- * looks for both in its memory. They are hex, each byte xored with 0x5a, so that
+ * watch SECRET CONTROL CANARY: attacks every process that joins, until SIGTERM,
+ * and looks for the first two in its memory, and for the path CANARY of the host
+ * through what it has open. The two are hex, each byte xored with 0x5a, so that
  * this program's own memory does not hold what it looks for.
  */
 static volatile sig_atomic_t stopped;
@@ -388,11 +472,11 @@ static void stop(int sig) { stopped = 1; }
 static int watch(int argc, char **argv)
 {
 	struct pattern secret = { .len = 0 }, control = { .len = 0 };
-	long seen = 0, mem_ok = 0, mem_no = 0, seize_ok = 0, seize_no = 0, bytes = 0;
+	long seen = 0, mem_ok = 0, mem_no = 0, seize_ok = 0, seize_no = 0, bytes = 0, opened = 0;
 	int last = 0;
 	DIR *d = opendir("/proc");
 
-	if (argc != 3)
+	if (argc != 4)
 		return 64;
 	signal(SIGTERM, stop);
 	decode(&secret, argv[1]);
@@ -444,6 +528,7 @@ static int watch(int argc, char **argv)
 				mem_no++;
 			}
 			links(pid);
+			descend(pid, argv[3], &secret, &opened);
 			caps(pid);
 			/* One that died meanwhile would stay a zombie of ours. */
 			if (r == 0 && ptrace(PTRACE_DETACH, pid, 0, 0) < 0)
@@ -451,7 +536,7 @@ static int watch(int argc, char **argv)
 					;
 		}
 	}
-	printf("seen %ld\nmem_ok %ld\nmem_no %ld\nseize_ok %ld\nseize_no %ld\nbytes %ld\nend\n", seen, mem_ok, mem_no, seize_ok, seize_no, bytes);
+	printf("seen %ld\nmem_ok %ld\nmem_no %ld\nseize_ok %ld\nseize_no %ld\nopened %ld\nbytes %ld\nend\n", seen, mem_ok, mem_no, seize_ok, seize_no, opened, bytes);
 	fflush(stdout);
 	return 0;
 }
