@@ -12,6 +12,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // Users and groups of hostile images, end to end. The rules themselves, with
@@ -183,7 +185,7 @@ func TestU03_HugeAccounts(t *testing.T) {
 					if err == nil && i%2 == 1 {
 						t.Error("a container of user app was created")
 					}
-					if took := time.Since(begin); took > slow(10*time.Second) { // twenty on one or two processors
+					if took := time.Since(begin); took > testhost.Limit(10*time.Second) { // twenty on one or two processors
 						t.Errorf("a create took %v", took)
 					}
 					if id != "" {
@@ -228,7 +230,7 @@ func TestU04_OddAccounts(t *testing.T) {
 						asUser(user)(c)
 					}
 				})
-				if took := time.Since(begin); took > slow(10*time.Second) {
+				if took := time.Since(begin); took > testhost.Limit(10*time.Second) {
 					t.Errorf("%s → %s: took %v", file, what, took)
 				}
 				if err != nil && (codeOf(err) != codes.FailedPrecondition || strings.Contains(err.Error(), canary.Secret) || strings.Contains(err.Error(), strings.SplitN(shadow, "\n", 2)[0])) {
