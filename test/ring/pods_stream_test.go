@@ -51,7 +51,7 @@ func TestPodExecStream(t *testing.T) {
 		}
 	})
 	t.Run("terminal and its size", func(t *testing.T) {
-		s := n.execStream(t, id, streamOptions{stdin: true, tty: true}, "/bin/sh", "-c", `tty; trap 'stty size' WINCH; while :; do read -r line && echo "=$line="; [ "$line" != bye ] || exit 12; done`)
+		s := n.execStream(t, id, streamOptions{stdin: true, tty: true}, "/bin/sh", "-c", `trap 'stty size' WINCH; tty; while :; do read -r line && echo "=$line="; [ "$line" != bye ] || exit 12; done`)
 		s.out.waitFor(t, "/dev/pts/")
 		s.resize(101, 37)
 		s.out.waitFor(t, "37 101")
