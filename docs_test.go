@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -206,5 +207,87 @@ func TestFeatureTable(t *testing.T) {
 	}
 	if rows < 100 {
 		t.Errorf("docs/features.md has %d rows", rows)
+	}
+}
+
+// floor are the rows of known attacks that a release must pass.
+const floor = `N-01 N-02 N-03 N-04 N-05 N-06 N-07 N-09 N-10 N-11 N-12 N-14 X-01 X-02 X-03 X-04 X-05
+M-01 M-04 M-05 M-06 M-07 M-08 M-09 M-12 M-13 M-17 I-01 I-02 I-03 I-04 I-05 I-06 I-07 I-15 I-16
+U-01 U-02 U-03 U-04 S-01 S-02 S-13 S-14 S-15`
+
+var (
+	rowTest = regexp.MustCompile("`([a-z/]+):((?:Test|Fuzz)[A-Za-z0-9_]+)`")
+	rowID   = regexp.MustCompile(`\b[A-Z]-[0-9]{2}\b`)
+	rowName = regexp.MustCompile(`^Test(?:Row)?([A-Z])([0-9]{2})(?:_|[A-Z])`)
+)
+
+// testsOf gives the tests of a package and the rows that each names, in its own
+// name or in its comment.
+func testsOf(t *testing.T, dir string) map[string][]string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
+	if err != nil || len(files) == 0 {
+		t.Errorf("docs/security.md names the tests of %s, which has none", dir)
+	}
+	tests := map[string][]string{}
+	for _, file := range files {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution|parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range f.Decls {
+			if fn, ok := d.(*ast.FuncDecl); ok && fn.Recv == nil {
+				rows := rowID.FindAllString(fn.Doc.Text(), -1)
+				if m := rowName.FindStringSubmatch(fn.Name.Name); m != nil {
+					rows = append(rows, m[1]+"-"+m[2])
+				}
+				tests[fn.Name.Name] = rows
+			}
+		}
+	}
+	return tests
+}
+
+// TestSecurityRows checks that the table of docs/security.md has every row of
+// the floor once, with tests that exist and name the row.
+func TestSecurityRows(t *testing.T) {
+	text, err := os.ReadFile("docs/security.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, ok := strings.Cut(string(text), "<!-- rows -->")
+	table, _, ok2 := strings.Cut(table, "<!-- /rows -->")
+	if !ok || !ok2 {
+		t.Fatal("docs/security.md has no marked table of rows")
+	}
+	packages := map[string]map[string][]string{}
+	listed := map[string]int{}
+	for line := range strings.Lines(table) {
+		cells := strings.Split(line, "|")
+		if len(cells) != 6 || !rowID.MatchString(cells[1]) {
+			continue
+		}
+		row := strings.TrimSpace(cells[1])
+		listed[row]++
+		tests := rowTest.FindAllStringSubmatch(cells[3], -1)
+		if len(tests) == 0 || strings.TrimSpace(cells[2]) == "" {
+			t.Errorf("docs/security.md, row %s: no attack or no test", row)
+		}
+		for _, m := range tests {
+			if packages[m[1]] == nil {
+				packages[m[1]] = testsOf(t, m[1])
+			}
+			names, ok := packages[m[1]][m[2]]
+			if !ok {
+				t.Errorf("docs/security.md, row %s: %s has no %s", row, m[1], m[2])
+			} else if !slices.Contains(names, row) {
+				t.Errorf("docs/security.md, row %s: %s of %s names only the rows %v", row, m[2], m[1], names)
+			}
+		}
+	}
+	for _, row := range strings.Fields(floor) {
+		if listed[row] != 1 {
+			t.Errorf("docs/security.md has row %s %d times", row, listed[row])
+		}
 	}
 }

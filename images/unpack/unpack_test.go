@@ -193,8 +193,8 @@ var (
 	link    = regtest.Link
 )
 
-// Rows I-01 to I-06, as they look from inside one layer. %C stands for the
-// canary folder.
+// Rows I-01, I-02, I-03, I-04, I-05 and I-06, as they look from inside one
+// layer. %C stands for the canary folder.
 func TestBreakouts(t *testing.T) {
 	etc := []tar.Header{dir("etc", 0o770), file("/etc/passwd", "inside", 0o644)}
 	with := func(more ...tar.Header) []tar.Header { return append(append([]tar.Header{}, etc...), more...) }

@@ -116,7 +116,7 @@ func fill(m protoreflect.Message, number int64, text string, depth int) {
 	}
 }
 
-// Requests without content, and full of nonsense, get an answer that says what
+// Row S-15: requests without content, and full of nonsense, get an answer that says what
 // is wrong; never Unknown or Internal, and the daemon lives on.
 func TestInputEmptyAndNonsense(t *testing.T) {
 	n := StartNode(t)
