@@ -354,10 +354,11 @@ func (s *stream) resize(width, height int) {
 	}
 }
 
-// exitCode waits for the end of the command.
+// exitCode waits for the end of the command and of its output, which come by
+// streams of their own.
 func (s *stream) exitCode() int {
 	s.t.Helper()
-	eventually(s.t, 30*time.Second, "the status of the command", func() bool { return s.status.ended() })
+	eventually(s.t, 30*time.Second, "the status of the command", func() bool { return s.status.ended() && s.out.ended() })
 	var st struct {
 		Status  string
 		Message string
