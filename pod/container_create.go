@@ -140,7 +140,8 @@ func (m *Manager) containerChecks(w *containerWork) []step {
 		{name: "pid namespace", do: func(context.Context) error { _, _, err := m.pidMode(w.pod, cfg); return err }},
 		{name: "CDI devices", do: func(context.Context) error { return m.cdiDevices(w) }},
 		{name: "host paths", do: func(ctx context.Context) error {
-			for i, mt := range cfg.Mounts {
+			mounts, _ := w.withDevices()
+			for i, mt := range mounts {
 				if mt.HostPath == "" {
 					continue
 				}

@@ -40,6 +40,9 @@ devices:
     additionalGids: [4242]
     hooks:
     - {hookName: createContainer, path: %[1]s/hook, args: [hook, /driver/lib.so, /etc/ld.so.cache]}
+- name: absent
+  containerEdits:
+    mounts: [{hostPath: /no/such/driver, containerPath: /driver}]
 - name: failing
   containerEdits:
     hooks:
@@ -124,6 +127,8 @@ func TestCDI(t *testing.T) {
 	t.Run("refused", func(t *testing.T) {
 		_, err := n.TryContainer(t, pod, cdi("vendor.example/card=failing"))
 		wantError(t, err, codes.FailedPrecondition, "/bin/false", "code 1")
+		_, err = n.TryContainer(t, pod, cdi("vendor.example/card=absent"))
+		wantError(t, err, codes.FailedPrecondition, "/no/such/driver does not exist", "/driver")
 		_, err = n.TryContainer(t, pod, cdi("vendor.example/card=other"))
 		wantError(t, err, codes.FailedPrecondition, `"vendor.example/card=other"`, "broken.yaml")
 		_, err = n.TryContainer(t, pod, cdi("/dev/zero"))
