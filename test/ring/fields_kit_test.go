@@ -28,6 +28,7 @@ var criServices = []protoreflect.FullName{"runtime.v1.RuntimeService", "runtime.
 type rpc struct {
 	name   string
 	fields []string // RunPodSandbox.config.port_mappings[].host_ip
+	method protoreflect.MethodDescriptor
 }
 
 // requestFields lists every leaf of every request message: scalars, and lists
@@ -43,7 +44,7 @@ func requestFields(t testing.TB) (all []rpc) {
 		methods := d.(protoreflect.ServiceDescriptor).Methods()
 		for i := range methods.Len() {
 			m := methods.Get(i)
-			r := rpc{name: string(m.Name())}
+			r := rpc{name: string(m.Name()), method: m}
 			leaves(m.Input(), r.name, nil, &r.fields)
 			all = append(all, r)
 		}

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/dynamicpb"
 	criv1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -120,8 +122,10 @@ func TestFields(t *testing.T) {
 	}
 	close(work)
 	var wg sync.WaitGroup
+	var idle *Node
 	for range fieldNodes {
 		n := startFieldNode(t)
+		idle = n
 		wg.Go(func() {
 			for c := range work {
 				t.Run(c.name, func(t *testing.T) { plan.prove(t, n, c) })
@@ -129,6 +133,7 @@ func TestFields(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	t.Run("calls without an implementation", func(t *testing.T) { plan.wantUnimplemented(t, idle) })
 	plan.compare(t)
 }
 
@@ -179,6 +184,18 @@ func (p *fieldPlan) prove(t testing.TB, n *Node, c *fieldCheck) {
 			p.fails.Store(f, true)
 		}
 		t.Logf("%5d ms without %s: %.300s", time.Since(began).Milliseconds(), f, r.text())
+	}
+}
+
+// wantUnimplemented asks the calls whose fields are excused because of that.
+func (p *fieldPlan) wantUnimplemented(t *testing.T, n *Node) {
+	for _, r := range p.rpcs {
+		if len(r.fields) == 0 || p.excused[r.fields[0]] == nil || p.excused[r.fields[0]].reason != unimplemented {
+			continue
+		}
+		m := r.method
+		err := n.Conn.Invoke(within(t, callTime), fmt.Sprintf("/%s/%s", m.Parent().FullName(), m.Name()), dynamicpb.NewMessage(m.Input()), dynamicpb.NewMessage(m.Output()))
+		wantError(t, err, codes.Unimplemented, r.name)
 	}
 }
 
