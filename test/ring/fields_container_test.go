@@ -168,11 +168,25 @@ func deviceChecks() []fieldCheck {
 			id, host := give(t, n, "rwm")
 			want(t, "number", n.Sh(t, id, "stat -c %t:%T /dev/deep/mine; : </dev/deep/mine"), fmt.Sprintf("%x:%x", unix.Major(host.Rdev), unix.Minor(host.Rdev)))
 		}},
+		{"CDI device", "what its specification puts into the container", under(containerConfig+".CDI_devices[]", "name"), func(t testing.TB, n *Node) {
+			want(t, "variable", n.Sh(t, n.box(t, cdi("field.example/card=one")), "echo $CARD"), "one")
+		}},
 		{"permissions of a device", "that it cannot be written", under(at, "permissions"), func(t testing.TB, n *Node) {
 			id, host := give(t, n, "r")
 			n.fails(t, id, fmt.Sprintf("mknod /tmp/x c %d %d && : </tmp/x", unix.Major(host.Rdev), unix.Minor(host.Rdev)), "not permitted")
 		}},
 	}
+}
+
+// cardSpec makes a folder of CDI specifications with one device in it.
+func (n *Node) cardSpec(t testing.TB) string {
+	t.Helper()
+	dir := n.HostDir(t)
+	const spec = `{"cdiVersion":"0.6.0","kind":"field.example/card","devices":[{"name":"one","containerEdits":{"env":["CARD=one"]}}]}`
+	if err := os.WriteFile(dir+"/card.json", []byte(spec), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // hostFolder makes a folder on the host with a file of that owner.

@@ -21,8 +21,6 @@ var exceptions = []exception{
 
 // notYetCovered are the fields whose check is still missing. The list may only
 // become shorter: mostUncovered goes down with it.
-const mostUncovered = 1
+const mostUncovered = 0
 
-var notYetCovered = []exception{
-	{"CreateContainer.config.CDI_devices[].name", "CDI is not there yet"},
-}
+var notYetCovered []exception

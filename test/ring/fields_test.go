@@ -148,7 +148,7 @@ func startFieldNode(t testing.TB) *Node {
 	n.StopDaemon()
 	ranges := strings.NewReplacer(`"`, "", "[", "", "]", "", " ", "").Replace(n.opts.podCIDR)
 	n.opts.podCIDR = `["auto"]`
-	WithConfig(fmt.Sprintf("runtime.criu = %q", n.fakeCriu(t)))(&n.opts)
+	WithConfig(fmt.Sprintf("runtime.criu = %q\ncdi.spec_dirs = [%q]", n.fakeCriu(t), n.cardSpec(t)))(&n.opts)
 	n.writeConfig()
 	n.LaunchDaemon()
 	eventually(t, 30*time.Second, "the daemon to take the ranges", func() bool { return n.tellRanges(t, ranges) == nil })
