@@ -144,7 +144,7 @@ clean: ## Remove bin/ (the caches in $(CACHE) stay)
 
 .PHONY: help
 help: ## This list
-	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {sub(/\$$\(CACHE\)/, "$(CACHE)", $$2); printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Tools. Their versions are pinned in tools/*/go.mod.
 
@@ -197,7 +197,7 @@ $(kubelet_bin): tools/kubelet/go.mod tools/kubelet/go.sum
 
 .PHONY: check-go
 check-go:
-	@have=$$($(GO) version 2>/dev/null | awk '{print substr($$3, 3)}'); \
+	@have=$$( ($(GO) version 2>/dev/null || true) | awk '{print substr($$3, 3)}'); \
 	if [ -z "$$have" ]; then echo "naru needs Go $(needed_go) or newer, and there is no go command here: see https://go.dev/dl" >&2; exit 1; fi; \
 	if [ "$$(printf '%s\n' $(needed_go) "$$have" | sort -V | head -1)" != $(needed_go) ]; then \
 		echo "naru needs Go $(needed_go) or newer, and this is $$have (Debian's own is too old): see https://go.dev/dl" >&2; exit 1; fi

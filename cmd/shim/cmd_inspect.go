@@ -27,7 +27,7 @@ func inspectCommand(o *options) *cobra.Command {
 and in "info" what CRI leaves to the runtime (pid, namespaces, OCI spec,
 configuration). ID is an id, the beginning of one, or an image's name.`,
 		Example: `  naru inspect 3f2a
-  naru inspect 3f2a | jq .info.pid
+  naru inspect 3f2a | jq .info.info.pid
   naru inspect docker.io/library/nginx:1.27`,
 		Args: nArgs(1, 1, "one ID"),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -81,7 +81,7 @@ func inspect(ctx context.Context, cli *criClient, id string) (*inspected, error)
 }
 
 func toInspected(kind string, status proto.Message, info map[string]string) (*inspected, error) {
-	b, err := protojson.MarshalOptions{EmitUnpopulated: false}.Marshal(status)
+	b, err := protojson.MarshalOptions{EmitDefaultValues: true}.Marshal(status)
 	if err != nil {
 		return nil, errs.New(errs.Internal, "write the status as JSON: %w", err)
 	}

@@ -89,7 +89,7 @@ It starts naru-monitor, the parent of all containers, when none answers; with
 the systemd units the monitor is a service of its own. Under systemd it says
 when it is ready and feeds the watchdog.`,
 		Example: `  naru serve
-  naru serve --config /tmp/try/config.toml    a second one, on roots of its own`,
+  naru serve --config /tmp/try/config.toml    another one beside it: see docs/install.md, "By hand"`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			cfg, err := config.Load(o.config)

@@ -33,9 +33,9 @@ func (x *Executor) Start(ctx context.Context, id string) error {
 			what = fmt.Sprintf(" %q", h.command)
 		}
 		x.mu.Unlock()
-		return errs.New(errs.Of(planError(pe)), "start container %s:%s %w", short(id), what, pe)
+		return errs.New(errs.Of(planError(pe)), "its first process%s: %w", what, pe)
 	}
-	return errs.New(errs.Of(err), "start container %s: %w", short(id), err)
+	return errs.New(errs.Of(err), "%w", err)
 }
 
 // remember keeps the pidfd of a container's first process.
