@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -12,6 +13,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/naru-project/naru/internal/atomicfile"
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/pod"
 	"github.com/naru-project/naru/pod/podtest"
@@ -236,6 +238,7 @@ func (r *rig) onDisk(kind string, want map[string]bool) {
 	if err != nil {
 		r.Fatal(err)
 	}
+	names = slices.DeleteFunc(names, func(n os.DirEntry) bool { return strings.HasPrefix(n.Name(), atomicfile.TempPrefix) }) // being written
 	for _, n := range names {
 		if id := strings.TrimSuffix(n.Name(), ".json"); !want[id] {
 			r.Errorf("%s has %s, which is not in memory", kind, n.Name())
