@@ -48,7 +48,8 @@ func TestGuard(t *testing.T) {
 		}
 	}
 	out, err := exec.Command(binary, "keeper", "--dir", m.dir, "--guard").CombinedOutput()
-	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 3 {
+	// By its words: the reaper of these tests may take the process before Wait does.
+	if err == nil || !strings.Contains(string(out), "the keeper ended with status 3") {
 		t.Errorf("a second guard with a second keeper: %v, %s", err, out)
 	}
 	_ = m.cmd.Process.Signal(unix.SIGTERM)
