@@ -63,11 +63,9 @@ type Store struct {
 	usage  map[string]*usage // by container
 	meters chan struct{}     // bounds the measurements under way
 
-	spare      chan string // writable folders that wait for a container
-	spares     atomic.Uint64
-	placesOnce sync.Once
-	placesDir  string
-	placesErr  error
+	spare     chan string // writable folders that wait for a container
+	spares    atomic.Uint64
+	hasPlaces atomic.Bool
 }
 
 // dirs are the store's folders, held open.

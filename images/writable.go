@@ -131,12 +131,15 @@ func (s *Store) removeSpare() error {
 // layers of the image it is seen only where they have nothing of that name;
 // without it these would be made in the writable layer, each time anew.
 func (s *Store) places() (string, error) {
-	s.placesOnce.Do(func() {
-		path := filepath.Join(s.cfg.Root, placesName)
-		s.placesErr = makePlaces(path)
-		s.placesDir = path
-	})
-	return s.placesDir, s.placesErr
+	path := filepath.Join(s.cfg.Root, placesName)
+	if s.hasPlaces.Load() {
+		return path, nil
+	}
+	if err := makePlaces(path); err != nil { // the disk may be full now and not later
+		return "", noSpace("make the layer of mount points", err)
+	}
+	s.hasPlaces.Store(true)
+	return path, nil
 }
 
 func makePlaces(path string) error {

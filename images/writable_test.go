@@ -114,3 +114,17 @@ func TestPlacesAreBelowTheImage(t *testing.T) {
 		t.Errorf("the writable folder has %v, %v", list, err)
 	}
 }
+
+// A layer of places that could not be made is tried again.
+func TestPlacesAreTriedAgain(t *testing.T) {
+	cfg := testConfig(t)
+	s := openStore(t, cfg)
+	at := filepath.Join(cfg.Root, placesName)
+	must(t, os.WriteFile(at, nil, 0o600))
+	if _, err := s.NewWritable(t.Context(), "c"); err == nil {
+		t.Fatal("a file is in the place of the layer, and nothing is said")
+	}
+	must(t, os.Remove(at))
+	_, err := s.NewWritable(t.Context(), "c")
+	must(t, err)
+}

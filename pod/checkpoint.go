@@ -43,16 +43,23 @@ func (m *Manager) Checkpoint(ctx context.Context, id, location string, timeout t
 	if !filepath.IsAbs(location) || filepath.Clean(location) != location || location == "/" {
 		return errs.New(errs.InvalidArgument, "location %.200q is not the clean, absolute path of a file", location)
 	}
-	s, rc, err := m.running(id, "a checkpoint")
+	c, err := m.table.findContainer(id)
 	if err != nil {
 		return err
+	}
+	s, rc, err := m.running(c.id, "a checkpoint")
+	if err != nil {
+		return err
+	}
+	if _, err := os.Lstat(location); err == nil { // before anything is frozen for it
+		return errs.New(errs.AlreadyExists, "checkpoint container %s: %s is there already", short(s.ID), location)
 	}
 	if timeout == 0 {
 		timeout = checkpointTime
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, errs.New(errs.DeadlineExceeded, "checkpoint container %s: not done after %s", short(s.ID), timeout))
 	defer cancel()
-	op := m.ops.begin("CheckpointContainer", s.ID, m.nameOf(m.table.container(s.ID)))
+	op := m.ops.begin("CheckpointContainer", s.ID, m.nameOf(c))
 	defer op.end()
 	dir, err := m.checkpointFolder()
 	if err != nil {
@@ -90,9 +97,6 @@ func (m *Manager) checkpointFolder() (string, error) {
 
 // newFile makes a file for root alone that has its name only once it is whole.
 func newFile(path string, write func(io.Writer) error) (err error) {
-	if _, err := os.Lstat(path); err == nil {
-		return errs.New(errs.AlreadyExists, "%s is there already", path)
-	}
 	f, err := os.CreateTemp(filepath.Dir(path), ".naru-*")
 	if err != nil {
 		return errs.New(errs.FailedPrecondition, "make a file beside %s: %w", path, err)
