@@ -236,6 +236,47 @@ func TestPingWithoutKeeper(t *testing.T) {
 	}
 }
 
+// A worker that answers after its keeper's death says so at once, and never
+// takes who inherited it for its keeper: that pid may be told to end.
+func TestOrphanIsKnownAtOnce(t *testing.T) {
+	n := newNode(t)
+	for range 20 {
+		old := n.cmd.Process.Pid
+		// A worker that was stopped meanwhile has not read the end of the socket.
+		worker := n.workerPID()
+		_ = unix.Kill(worker, unix.SIGSTOP)
+		_ = n.cmd.Process.Kill()
+		_ = n.cmd.Wait()
+		type answer struct {
+			i   monitor.Info
+			err error
+		}
+		ch := make(chan answer, 8)
+		for range cap(ch) {
+			go func() {
+				c, err := monitor.Connect(n.ctx, monitor.Socket(n.dir))
+				if err != nil {
+					ch <- answer{err: err}
+					return
+				}
+				i, err := c.Info(n.ctx)
+				_ = c.Close()
+				ch <- answer{i, err}
+			}()
+		}
+		time.Sleep(5 * time.Millisecond)
+		_ = unix.Kill(worker, unix.SIGCONT)
+		for range cap(ch) {
+			if a := <-ch; a.err != nil || !a.i.Orphan || a.i.KeeperPID != old {
+				t.Errorf("%+v, %v; want an orphan of %d", a.i, a.err, old)
+			}
+		}
+		n.startKeeper()
+		n.successor(old)
+		reapAll()
+	}
+}
+
 // TestHungWorker: a worker that is stopped is replaced within bounded time; its
 // containers and their logs go on.
 func TestHungWorker(t *testing.T) {

@@ -344,10 +344,7 @@ func (w *worker) handOver(s *conn) {
 
 func (w *worker) awaitOrphan(d time.Duration) bool {
 	for end := time.Now().Add(d); ; time.Sleep(20 * time.Millisecond) {
-		w.mu.Lock()
-		orphan := w.orphan
-		w.mu.Unlock()
-		if orphan || time.Now().After(end) {
+		if orphan := w.orphaned(); orphan || time.Now().After(end) {
 			return orphan
 		}
 	}

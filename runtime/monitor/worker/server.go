@@ -138,11 +138,10 @@ func (s *conn) hello(buf []byte) bool {
 		return false
 	}
 	s.w.mu.Lock()
-	orphan := s.w.orphan
 	s.w.conns[s] = struct{}{}
 	s.w.mu.Unlock()
 	s.reply(p.Req, wire.EncodeBody(&wire.HelloReply{
-		Version: min(m.Max, wire.ClientMax), Keeper: os.Getppid(), WorkerPID: os.Getpid(), Build: s.w.build, Orphan: orphan,
+		Version: min(m.Max, wire.ClientMax), Keeper: s.w.keeper, WorkerPID: os.Getpid(), Build: s.w.build, Orphan: s.w.orphaned(),
 	}), nil, false, nil)
 	return true
 }

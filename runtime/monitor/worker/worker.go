@@ -71,7 +71,17 @@ type worker struct {
 	mu         sync.Mutex
 	containers map[string]*container
 	conns      map[*conn]struct{}
-	orphan     bool // the keeper is dead
+	orphan     bool // the keeper's socket was closed; see orphaned
+
+	keeper int // its pid; it keeps it over its upgrades
+}
+
+// orphaned reports whether the keeper is dead. A child changes its parent at
+// its parent's death, before that can be waited for; the socket tells it later.
+func (w *worker) orphaned() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.orphan || os.Getppid() != w.keeper
 }
 
 // Run is the life of a worker.
@@ -117,6 +127,12 @@ func (w *worker) receiveTable() error {
 		return errs.New(errs.Internal, "use the keeper's socket: %w", err)
 	}
 	w.link = newLink(sock)
+	// Not the parent, which may be another one already: who made the socket.
+	cred, err := unix.GetsockoptUcred(fdSocket, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return errs.New(errs.Internal, "ask who the keeper is: %w", err)
+	}
+	w.keeper = int(cred.Pid)
 	buf := make([]byte, wire.MaxMessage)
 	for {
 		p, err := sock.Recv(buf)
