@@ -176,7 +176,7 @@ func TestFeatureTable(t *testing.T) {
 	rows := 0
 	for line := range strings.Lines(string(text)) {
 		cells := strings.Split(line, " | ")
-		if len(cells) != 4 || !regexp.MustCompile(`^\| [A-E][0-9]+$`).MatchString(cells[0]) {
+		if len(cells) != 4 || !regexp.MustCompile(`^\| [A-H][0-9]+$`).MatchString(cells[0]) {
 			continue
 		}
 		rows++

@@ -60,7 +60,7 @@ func (s *Server) checkHandler(name string) error {
 
 // handlers are the names of all runtime handlers; the empty one is the default.
 func (s *Server) handlers() []string {
-	return append([]string{"", runtimeName}, s.cfg.Handlers...)
+	return append([]string{"", runtimeName}, *s.named.Load()...)
 }
 
 func checkSandboxTexts(c *pod.SandboxConfig) error {

@@ -22,7 +22,7 @@ const (
 // Config of the CRI edge.
 type Config struct {
 	Version   string           // of Naru, a semantic version set by the build; empty = 0.0.0-dev
-	Handlers  []string         // runtime handlers besides "" and "naru"
+	Handlers  []string         // runtime handlers besides "" and "naru"; SetHandlers changes them
 	Streaming streaming.Config // zero values stand for its defaults
 	AllowGIDs []uint32         // groups that may use the socket besides root
 	// Verbose is the effective configuration as Status shows it when asked to
@@ -48,7 +48,8 @@ type Server struct {
 	host    Host
 	streams *streaming.Server
 	ready   atomic.Bool
-	done    context.Context // ends with Close: long streams end with it
+	named   atomic.Pointer[[]string] // the handlers besides the built-in ones
+	done    context.Context          // ends with Close: long streams end with it
 	close   context.CancelFunc
 	started time.Time
 }
@@ -59,10 +60,14 @@ func New(cfg Config, pods Pods, images Images, host Host) *Server {
 		cfg.Version = "0.0.0-dev"
 	}
 	s := &Server{cfg: cfg, pods: pods, images: images, host: host, started: time.Now()}
+	s.SetHandlers(cfg.Handlers)
 	s.streams = streaming.New(cfg.Streaming, pods)
 	s.done, s.close = context.WithCancel(context.Background())
 	return s
 }
+
+// SetHandlers changes the runtime handlers besides "" and "naru".
+func (s *Server) SetHandlers(names []string) { s.named.Store(&names) }
 
 // SetReady opens the gate: recovery is over.
 func (s *Server) SetReady() { s.ready.Store(true) }

@@ -38,7 +38,7 @@ func TestVersionAndRuntimeConfig(t *testing.T) {
 
 func TestStatus(t *testing.T) {
 	s, pods, _ := newTestServer()
-	s.cfg.Handlers = []string{"runc"}
+	s.SetHandlers([]string{"runc"})
 	s.cfg.Verbose = func() any { return map[string]string{"stateDir": "/run/naru"} }
 	out, err := s.Status(t.Context(), &criv1.StatusRequest{})
 	if err != nil {
@@ -237,7 +237,7 @@ func TestImages(t *testing.T) {
 func TestImageRuntimeHandler(t *testing.T) {
 	s, _, store := newTestServer()
 	store.list = testImages()
-	s.cfg.Handlers = []string{"runc"}
+	s.SetHandlers([]string{"runc"})
 	container := func(i *criv1.ImageSpec) *criv1.ContainerConfig {
 		return &criv1.ContainerConfig{Metadata: &criv1.ContainerMetadata{Name: "n"}, Image: i}
 	}

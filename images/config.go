@@ -13,36 +13,59 @@ type Config struct {
 	// Root is the store's folder, which nobody else may write to. It and what
 	// is below it is reachable for root only.
 	Root string
-	// Registry says how registries are reached.
-	Registry registry.Config
 	// Limits bound what one layer may cost.
 	Limits unpack.Limits
-	// Pinned images are never offered for garbage collection: names, digests
-	// or IDs, "*" stands for any text.
-	Pinned []string
 	// MaxTransfers is how many layers the node transfers and unpacks at once, in
 	// all pulls together; default twice the CPUs, 4 to 12.
 	MaxTransfers int
-	// PullTimeout ends a pull whatever it is doing; default 12 hours. kubelet
-	// itself sets no deadline.
-	PullTimeout time.Duration
 	// UsageInterval is how old the usage of a container's writable folder may
 	// be before it is counted again; default 10 s.
 	UsageInterval time.Duration
+
+	Live
+}
+
+// Live is what Reconfigure changes while the store is open. Zero fields get the
+// default.
+type Live struct {
+	// Registry says how registries are reached.
+	Registry registry.Config
+	// Pinned images are never offered for garbage collection: names, digests
+	// or IDs, "*" stands for any text.
+	Pinned []string
+	// PullTimeout ends a pull whatever it is doing; default 12 hours. kubelet
+	// itself sets no deadline.
+	PullTimeout time.Duration
 }
 
 func (c Config) orDefault() Config {
 	if c.MaxTransfers <= 0 {
 		c.MaxTransfers = min(max(2*runtime.NumCPU(), 4), 12)
 	}
-	if c.PullTimeout <= 0 {
-		c.PullTimeout = 12 * time.Hour
-	}
 	if c.UsageInterval <= 0 {
 		c.UsageInterval = 10 * time.Second
 	}
-	if c.Registry.HostDirs == nil {
-		c.Registry.HostDirs = []string{"/etc/naru/certs.d"}
-	}
 	return c
+}
+
+func (l Live) orDefault() *Live {
+	if l.PullTimeout <= 0 {
+		l.PullTimeout = 12 * time.Hour
+	}
+	if l.Registry.HostDirs == nil {
+		l.Registry.HostDirs = []string{"/etc/naru/certs.d"}
+	}
+	return &l
+}
+
+// Reconfigure takes new settings: pulls that begin from now on go by them, and
+// which images are pinned is said anew at once.
+func (s *Store) Reconfigure(l Live) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.live.Store(l.orDefault())
+	for _, st := range s.images {
+		st.public = s.present(st) // readers keep the one they have
+	}
+	s.publish()
 }

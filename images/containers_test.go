@@ -151,6 +151,18 @@ func TestPinned(t *testing.T) {
 			t.Errorf("%s: pinned %v %v", name, i.Pinned, err)
 		}
 	}
+	before := s.List()
+	live := cfg.Live
+	live.Pinned = []string{"*/other:*"}
+	s.Reconfigure(live)
+	for _, i := range s.List() {
+		if want := strings.Contains(i.RepoTags[0], "/other:"); i.Pinned != want {
+			t.Errorf("%s after the change: pinned %v", i.RepoTags, i.Pinned)
+		}
+	}
+	if n := slices.IndexFunc(before, func(i *Image) bool { return strings.Contains(i.RepoTags[0], "/pause:3") }); !before[n].Pinned {
+		t.Error("a list that was handed out changed")
+	}
 }
 
 func TestNoLayers(t *testing.T) {

@@ -120,8 +120,8 @@ func pullKey(named reference.Named, auth *Auth) (string, error) {
 
 func (s *Store) run(p *pull, named reference.Named, auth *Auth) {
 	log := klog.FromContext(p.ctx).WithValues("image", p.ref)
-	ctx, cancel := context.WithTimeoutCause(p.ctx, s.cfg.PullTimeout,
-		errs.New(errs.DeadlineExceeded, "pull %s: not done in %s", p.ref, s.cfg.PullTimeout))
+	limit := s.live.Load().PullTimeout
+	ctx, cancel := context.WithTimeoutCause(p.ctx, limit, errs.New(errs.DeadlineExceeded, "pull %s: not done in %s", p.ref, limit))
 	defer cancel()
 	p.id, p.err = guard(func() (string, error) { return s.pull(ctx, p, named, auth) })
 	s.mu.Lock()
@@ -151,7 +151,7 @@ func guard(fn func() (string, error)) (id string, err error) {
 }
 
 func (s *Store) pull(ctx context.Context, p *pull, named reference.Named, auth *Auth) (string, error) {
-	client, err := s.cfg.Registry.Open(ctx, named, (*registry.Auth)(auth))
+	client, err := s.live.Load().Registry.Open(ctx, named, (*registry.Auth)(auth))
 	if err != nil {
 		return "", err
 	}

@@ -333,7 +333,7 @@ const crashEnv = "NARU_TEST_CRASH"
 // crashChild pulls and removes for ever, until it is killed.
 func crashChild() {
 	f := strings.Split(os.Getenv(crashEnv), "|")
-	s, err := Open(context.Background(), Config{Root: f[0], Registry: registry.Config{HostDirs: []string{}}})
+	s, err := Open(context.Background(), Config{Root: f[0], Live: Live{Registry: registry.Config{HostDirs: []string{}}}})
 	if err != nil {
 		fmt.Println("open:", err)
 		os.Exit(3)

@@ -91,7 +91,7 @@ func (s *Store) present(st *stored) *Image {
 }
 
 func (s *Store) pinned(i *Image) bool {
-	for _, p := range s.cfg.Pinned {
+	for _, p := range s.live.Load().Pinned {
 		if match(p, i.ID) || slices.ContainsFunc(i.RepoTags, func(t string) bool { return match(p, t) }) ||
 			slices.ContainsFunc(i.RepoDigests, func(t string) bool { return match(p, t) }) {
 			return true

@@ -39,6 +39,7 @@ import (
 // before mu. Readers take the snapshot and no lock.
 type Store struct {
 	cfg      Config
+	live     atomic.Pointer[Live]
 	platform platforms.MatchComparer
 	mount    string // mount point of the file system of root
 	device   string // what is mounted there
@@ -95,6 +96,8 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		images: map[string]*stored{}, holds: map[string]*hold{}, pulls: map[string]*pull{},
 		usage: map[string]*usage{}, meters: make(chan struct{}, 2), spare: make(chan string, maxSpare),
 	}
+	s.live.Store(cfg.Live.orDefault())
+	s.cfg.Live = Live{} // read by s.live alone
 	s.life, s.end = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.snap.Store(&snapshot{})
 	if err := s.open(ctx); err != nil {

@@ -27,8 +27,9 @@ func needRoot(t testing.TB) {
 func testConfig(t testing.TB) Config {
 	return Config{
 		Root: filepath.Join(t.TempDir(), "store"),
-		Registry: registry.Config{HostDirs: []string{filepath.Join(t.TempDir(), "certs.d")},
-			HeaderTimeout: 5 * time.Second, ProgressTimeout: 5 * time.Second},
+		Live: Live{Registry: registry.Config{
+			HostDirs: []string{filepath.Join(t.TempDir(), "certs.d")}, HeaderTimeout: 5 * time.Second, ProgressTimeout: 5 * time.Second,
+		}},
 	}
 }
 

@@ -29,7 +29,7 @@ func (m *Manager) cdiDevices(w *containerWork) error {
 // nothing (CVE-2026-53492).
 func (m *Manager) cdiNames(c *ContainerConfig) ([]string, error) {
 	names := slices.Clone(c.CDIDevices)
-	if m.cfg.CDIAnnotations {
+	if m.live.Load().CDIAnnotations {
 		for _, key := range slices.Sorted(maps.Keys(c.Annotations)) {
 			_, more, err := cdilib.ParseAnnotations(map[string]string{key: c.Annotations[key]})
 			if err != nil {

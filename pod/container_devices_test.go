@@ -36,7 +36,9 @@ func deviceManager(t *testing.T, annotations bool) *Manager {
 	if err := os.WriteFile(filepath.Join(dir, "v.yaml"), []byte(twoDevices), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	return &Manager{cfg: Config{CDIAnnotations: annotations}, cdi: cdi.New([]string{dir})}
+	m := &Manager{cdi: cdi.New([]string{dir})}
+	m.live.Store(&Live{CDIAnnotations: annotations})
+	return m
 }
 
 // TestCDIMounts: the mounts of devices replace those of the request on the same

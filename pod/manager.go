@@ -27,8 +27,6 @@ import (
 type Config struct {
 	StateDir string // lasting folder: pods/, containers/, quarantine/, checkpoints/
 	RunDir   string // folder of this boot: specs/, profiles/
-	Sync     bool   // fsync the record that ends an RPC
-	Handlers []string
 	// WritableMountpoint is the mount point of the file system that writable
 	// layers are on, for statistics.
 	WritableMountpoint string
@@ -45,13 +43,20 @@ type Config struct {
 	SpecHost     spec.Host // what containers may be given; the zero value: ask this machine
 	SpecDefaults spec.Defaults
 
+	// Observe is called as each step of an operation begins: metrics, failpoints.
+	Observe func(kind, step string)
+
+	Live
+}
+
+// Live is what Reconfigure changes while the manager runs.
+type Live struct {
+	Sync     bool     // fsync the record that ends an RPC
+	Handlers []string // names of the runtime handlers that pods to come may ask for
 	// CDIDirs are the folders of CDI specification files; none: no CDI devices.
 	CDIDirs []string
 	// CDIAnnotations lets containers name CDI devices in cdi.k8s.io annotations.
 	CDIAnnotations bool
-
-	// Observe is called as each step of an operation begins: metrics, failpoints.
-	Observe func(kind, step string)
 }
 
 // Cgroups names cgroups (runtime/cgroup.Driver).
@@ -79,6 +84,7 @@ type Deps struct {
 // by exits alike. Order: podEntry.op, containerEntry.op, containerEntry.state.
 type Manager struct {
 	cfg        Config
+	live       atomic.Pointer[Live]
 	deps       Deps
 	boot       string
 	pods       *store.Dir
@@ -123,6 +129,8 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 		statter: newStatter(deps.Host, cfg.StatTimeout),
 		wake:    make(chan struct{}, 1),
 	}
+	m.live.Store(&cfg.Live)
+	m.cfg.Live = Live{} // read by m.live alone
 	m.work.base, m.work.end = context.WithCancel(context.Background())
 	if err = os.RemoveAll(filepath.Join(cfg.StateDir, checkpointsDir)); err != nil {
 		return nil, err
@@ -160,9 +168,21 @@ func (c *Config) defaults() {
 		c.EventBuffer = 1000
 	}
 	if c.Handlers == nil {
-		c.Handlers = []string{"", "naru"}
+		c.Handlers = builtinHandlers()
 	}
 }
+
+// Reconfigure takes new settings for what begins from now on.
+func (m *Manager) Reconfigure(l Live) {
+	if l.Handlers == nil {
+		l.Handlers = builtinHandlers()
+	}
+	m.cdi.SetDirs(l.CDIDirs)
+	m.live.Store(&l)
+}
+
+// builtinHandlers are there without being configured.
+func builtinHandlers() []string { return []string{"", "naru"} }
 
 // Run takes exits and finishes unfinished things until ctx ends. Then it ends
 // running creates (they undo what they did) and stops waiting for running
@@ -337,7 +357,7 @@ func (p *podEntry) after(h happening, f func(*Pod)) (*Pod, error) {
 }
 
 func (m *Manager) putPod(p *podEntry, n *Pod, sync bool) error {
-	if err := store.Write(m.pods, p.id, newPodRecord(n, m.boot, p.released), p.extras, sync && m.cfg.Sync); err != nil {
+	if err := store.Write(m.pods, p.id, newPodRecord(n, m.boot, p.released), p.extras, sync && m.live.Load().Sync); err != nil {
 		return errs.Wrap(errs.Internal, err)
 	}
 	p.dirty = false
@@ -387,7 +407,7 @@ func (c *containerEntry) after(h happening, f func(*Container)) (*Container, err
 }
 
 func (m *Manager) put(c *containerEntry, n *Container, sync bool) error {
-	err := store.Write(m.containers, c.id, newContainerRecord(c, n, m.boot), c.extras, sync && m.cfg.Sync)
+	err := store.Write(m.containers, c.id, newContainerRecord(c, n, m.boot), c.extras, sync && m.live.Load().Sync)
 	if err != nil {
 		return errs.Wrap(errs.Internal, err)
 	}

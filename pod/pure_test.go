@@ -103,7 +103,8 @@ func (plainCgroups) ParentPath(p string) (string, error) {
 }
 
 func TestValidateSandbox(t *testing.T) {
-	m := &Manager{cfg: Config{Handlers: []string{"", "naru"}}, deps: Deps{Cgroups: plainCgroups{}}}
+	m := &Manager{deps: Deps{Cgroups: plainCgroups{}}}
+	m.live.Store(&Live{Handlers: builtinHandlers()})
 	if err := m.validateSandbox(goodSandbox()); err != nil {
 		t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ func (m *Manager) validateSandbox(c *SandboxConfig) error {
 			return noControl(c.Metadata.Name, c.Metadata.Namespace, c.Metadata.UID)
 		}},
 		{"runtime_handler", func() error {
-			if !slices.Contains(m.cfg.Handlers, c.Handler) {
+			if !slices.Contains(m.live.Load().Handlers, c.Handler) {
 				return invalid("no handler %q is configured", clip(c.Handler))
 			}
 			return nil

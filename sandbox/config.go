@@ -23,11 +23,6 @@ type Config struct {
 	StateFile string
 	// PodCIDRs are IPv4 or IPv6 ranges, primary family first, or AutoCIDR alone.
 	PodCIDRs []string
-	// NonMasqueradeCIDRs are destinations that see pods' own addresses: the
-	// whole cluster's pod range belongs here. The node's own always does.
-	NonMasqueradeCIDRs []string
-	// MTU of pod links; 0 = that of the link with the default route.
-	MTU int
 	// HostPorts maps ports of the node; without, mappings are ignored.
 	HostPorts bool
 	// Table is the name of the nftables table (family inet), LinkPrefix starts
@@ -36,11 +31,6 @@ type Config struct {
 	Table      string
 	LinkPrefix string
 	LinkGroup  uint32
-	// UnprivilegedPorts lets any process of a pod bind ports below 1024, and
-	// UnprivilegedPing lets it ping without CAP_NET_RAW, unless the pod's own
-	// sysctls say otherwise.
-	UnprivilegedPorts bool
-	UnprivilegedPing  bool
 	// PoolSize is how many namespaces with a network are kept ready.
 	PoolSize int
 	// HostEtc is where the host's hosts and resolv.conf are.
@@ -48,6 +38,23 @@ type Config struct {
 	// HostResolv is the fallback where HostEtc's resolv.conf names only servers
 	// on the loopback, as that of systemd-resolved does.
 	HostResolv string
+
+	Live
+}
+
+// Live is what Reconfigure changes while the manager runs. Pods that exist keep
+// what they have, but for the destinations that see their own addresses.
+type Live struct {
+	// NonMasqueradeCIDRs are destinations that see pods' own addresses: the
+	// whole cluster's pod range belongs here. The node's own always does.
+	NonMasqueradeCIDRs []string
+	// MTU of pod links; 0 = that of the link with the default route.
+	MTU int
+	// UnprivilegedPorts lets any process of a pod bind ports below 1024, and
+	// UnprivilegedPing lets it ping without CAP_NET_RAW, unless the pod's own
+	// sysctls say otherwise.
+	UnprivilegedPorts bool
+	UnprivilegedPing  bool
 }
 
 // DefaultConfig is what an installation without configuration uses.
@@ -96,7 +103,6 @@ const (
 type parsed struct {
 	auto  bool
 	cidrs []netip.Prefix
-	plain []netip.Prefix
 }
 
 func (c *Config) check() (p parsed, err error) {
@@ -112,13 +118,8 @@ func (c *Config) check() (p parsed, err error) {
 		return bad("link prefix %q must be 1 to 6 letters and digits", c.LinkPrefix)
 	case c.LinkGroup == 0:
 		return bad("link group 0 is the group of all links")
-	case c.MTU != 0 && (c.MTU < minMTU || c.MTU > maxMTU):
-		return bad("MTU %d is outside %d to %d", c.MTU, minMTU, maxMTU)
 	case c.PoolSize < 0 || c.PoolSize > 64:
 		return bad("pool size %d is outside 0 to 64", c.PoolSize)
-	}
-	if p.plain, err = ipam.ParsePrefixes(c.NonMasqueradeCIDRs...); err != nil {
-		return parsed{}, err
 	}
 	if len(c.PodCIDRs) == 0 || len(c.PodCIDRs) == 1 && c.PodCIDRs[0] == AutoCIDR {
 		if c.StateFile == "" {
@@ -132,4 +133,29 @@ func (c *Config) check() (p parsed, err error) {
 	}
 	p.cidrs, err = ipam.Check(p.cidrs)
 	return p, err
+}
+
+// check returns the destinations that see pods' own addresses.
+func (l *Live) check() ([]netip.Prefix, error) {
+	if l.MTU != 0 && (l.MTU < minMTU || l.MTU > maxMTU) {
+		return nil, errs.New(errs.InvalidArgument, "MTU %d is outside %d to %d", l.MTU, minMTU, maxMTU)
+	}
+	return ipam.ParsePrefixes(l.NonMasqueradeCIDRs...)
+}
+
+// Reconfigure takes new settings for pods to come. After an error some may
+// count and some not: call it again, with the former ones.
+func (m *Manager) Reconfigure(l Live) error {
+	plain, err := l.check()
+	if err != nil {
+		return err
+	}
+	old := m.live.Swap(&l)
+	if err := m.fw.SetPlain(plain); err != nil {
+		return errs.New(errs.Of(err), "change the destinations that see pods' addresses: %w", err)
+	}
+	if old.MTU != l.MTU {
+		return m.learnHost()
+	}
+	return nil
 }

@@ -303,10 +303,11 @@ func (c *creation) setSysctls(context.Context) error { return c.m.setSysctls(c.n
 func (m *Manager) sysctls(s *Spec) [][2]string {
 	all := map[string]string{}
 	if s.Network == ModePod {
-		if m.cfg.UnprivilegedPorts {
+		live := m.live.Load()
+		if live.UnprivilegedPorts {
 			all["net.ipv4.ip_unprivileged_port_start"] = "0"
 		}
-		if m.cfg.UnprivilegedPing {
+		if live.UnprivilegedPing {
 			all["net.ipv4.ping_group_range"] = pingRange(s)
 		}
 	}

@@ -33,7 +33,7 @@ func (m *Manager) learnHost() error {
 		return errs.New(errs.Internal, "%w", err)
 	}
 	defer c.Close()
-	f := &hostFacts{mtu: m.cfg.MTU, onlyAddress: true}
+	f := &hostFacts{mtu: m.live.Load().MTU, onlyAddress: true}
 	if f.mtu == 0 {
 		f.mtu = defaultMTU
 		if l, ok, err := c.Uplink(); err == nil && ok && l.MTU >= minMTU && l.MTU <= maxMTU {

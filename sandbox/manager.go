@@ -26,6 +26,7 @@ import (
 // last is in the Handles.
 type Manager struct {
 	cfg   Config
+	live  atomic.Pointer[Live]
 	deps  Deps
 	auto  bool
 	boot  string
@@ -80,15 +81,21 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
+	plain, err := cfg.Live.check()
+	if err != nil {
+		return nil, err
+	}
 	m := &Manager{
 		cfg: cfg, deps: deps, auto: p.auto,
 		ips:      ipam.New(),
 		ports:    hostport.New(),
-		fw:       firewall.New(firewall.Config{Table: cfg.Table, Group: cfg.LinkGroup, NoMasquerade: p.plain}),
+		fw:       firewall.New(firewall.Config{Table: cfg.Table, Group: cfg.LinkGroup}, plain),
 		creating: map[string]int{},
 		fresh:    map[string]bool{},
 		doomed:   map[string]doomed{},
 	}
+	m.live.Store(&cfg.Live)
+	m.cfg.Live = Live{} // read by m.live alone
 	m.pool = newPool(m, cfg.PoolSize)
 	if err := m.ips.SetCIDRs(p.cidrs); err != nil {
 		return nil, err

@@ -135,6 +135,23 @@ func TestNonMasqueradeAndStrays(t *testing.T) {
 	t.Cleanup(func() { in(t, outsideNS, func() error { return run("ip route del 10.82.0.0/24") }) })
 	serve(t, outsideNS, "tcp4", hostPort(farIP4, 7002), "far")
 	wantAnswer(t, netns(t, young), "tcp4", hostPort(farIP4, 7002), "far", young.IPs[0].String())
+	// New settings count at once, for pods that exist, too.
+	reconfigure := func(l Live) {
+		t.Helper()
+		if err := m.Reconfigure(l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reconfigure(Live{MTU: 1300})
+	wantAnswer(t, netns(t, young), "tcp4", hostPort(farIP4, 7002), "far", hostIP4)
+	if err := m.Reconfigure(Live{NonMasqueradeCIDRs: []string{"x"}}); !errs.Is(err, errs.InvalidArgument) {
+		t.Errorf("a wrong range: %v", err)
+	}
+	reconfigure(Live{NonMasqueradeCIDRs: []string{farIP4 + "/32"}, MTU: 1300})
+	wantAnswer(t, netns(t, young), "tcp4", hostPort(farIP4, 7002), "far", young.IPs[0].String())
+	if facts, err := m.hostFacts(); err != nil || facts.mtu != 1300 {
+		t.Errorf("MTU of pods to come: %+v %v", facts, err)
+	}
 	if out := output(t, "nft list set inet naru pods4"); !strings.Contains(out, old.IPs[0].String()) {
 		t.Errorf("stray not in the set: %s", out)
 	}

@@ -10,13 +10,12 @@ import (
 	"github.com/naru-project/naru/cri"
 	"github.com/naru-project/naru/images"
 	"github.com/naru-project/naru/internal/admin"
-	"github.com/naru-project/naru/internal/config"
 	"github.com/naru-project/naru/pod"
 )
 
 // adminBackend answers the command line from the daemon's parts.
 type adminBackend struct {
-	cfg     *config.Config
+	daemon  *daemon
 	images  *images.Store
 	pods    *pod.Manager
 	started time.Time
@@ -24,12 +23,12 @@ type adminBackend struct {
 
 // openAdmin listens on the admin socket, for root alone, and returns what
 // serves it; see admin.Server.
-func openAdmin(cfg *config.Config, store *images.Store, pods *pod.Manager) (serve func() error, shutdown func(context.Context), err error) {
-	l, err := cri.Listen(cfg.AdminSocket(), nil)
+func (d *daemon) openAdmin() (serve func() error, shutdown func(context.Context), err error) {
+	l, err := cri.Listen(d.cfg.AdminSocket(), nil)
 	if err != nil {
 		return nil, nil, err
 	}
-	s := admin.New(&adminBackend{cfg: cfg, images: store, pods: pods, started: time.Now()})
+	s := admin.New(&adminBackend{daemon: d, images: d.images, pods: d.pods, started: time.Now()})
 	return func() error { return s.Serve(l) }, s.Shutdown, nil
 }
 
@@ -59,7 +58,17 @@ func (b *adminBackend) Version() admin.Version {
 }
 
 // Config implements admin.Backend.
-func (b *adminBackend) Config() (string, error) { return b.cfg.File() }
+func (b *adminBackend) Config() (string, error) { return b.daemon.now.Load().File() }
+
+// Reload implements admin.Backend.
+func (b *adminBackend) Reload() (admin.Reload, error) {
+	changes, err := b.daemon.reload()
+	out := admin.Reload{File: b.daemon.file, Changes: []admin.Change{}}
+	for _, c := range changes {
+		out.Changes = append(out.Changes, admin.Change{Key: c.Key, Old: c.Old, New: c.New})
+	}
+	return out, err
+}
 
 // LoadImage implements admin.Backend.
 func (b *adminBackend) LoadImage(ctx context.Context, r io.Reader, name string) ([]string, error) {

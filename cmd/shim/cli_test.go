@@ -112,6 +112,10 @@ func (b backend) Pulls() []admin.Pull {
 func (b backend) Version() admin.Version  { return admin.Version{Version: "9.9.9"} }
 func (b backend) Config() (string, error) { return "version = 1 # running\n", nil }
 
+func (b backend) Reload() (admin.Reload, error) {
+	return admin.Reload{File: "/etc/naru/config.toml", Changes: []admin.Change{{Key: "network.mtu", Old: "0", New: "1400"}}}, nil
+}
+
 func (b backend) LoadImage(_ context.Context, r io.Reader, name string) ([]string, error) {
 	data, err := io.ReadAll(r)
 	b.n.loaded = data

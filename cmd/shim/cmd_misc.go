@@ -17,11 +17,11 @@ import (
 func configCommand(o *options) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "config",
-		Short: "The configuration: print the default, check, show",
+		Short: "The configuration: print the default, check, show, reload",
 		Long: `The configuration is one TOML file and a folder config.d with drop-ins beside it.
 Every key has a default; a file is needed only for what is to differ.`,
 		Example: `  naru config default > /etc/naru/config.toml
-  naru config check`,
+  naru config check && naru config reload`,
 	}
 	group(c)
 	var running bool
@@ -68,8 +68,40 @@ Every key has a default; a file is needed only for what is to differ.`,
 			},
 		},
 		show,
+		reloadCommand(o),
 	)
 	return c
+}
+
+func reloadCommand(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "reload",
+		Short: "Have the running daemon take the configuration as it is now",
+		Long: `Have the running daemon read its configuration file and drop-ins again, and
+print what changed. All of it is taken or nothing: a file with a mistake, or a
+change that only a restart can bring (see the marks in "naru config default"),
+leaves the daemon as it was. SIGHUP does the same; its outcome is in the log.`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			cli, err := dialAdmin(o)
+			if err != nil {
+				return err
+			}
+			done, err := cli.Reload(c.Context())
+			if err != nil {
+				return err
+			}
+			if len(done.Changes) == 0 {
+				fmt.Fprintf(c.OutOrStdout(), "%s: nothing changed\n", clean(done.File))
+				return nil
+			}
+			fmt.Fprintf(c.OutOrStdout(), "%s: reloaded\n", clean(done.File))
+			for _, ch := range done.Changes {
+				fmt.Fprintf(c.OutOrStdout(), "  %s: %s -> %s\n", clean(ch.Key), clean(ch.Old), clean(ch.New))
+			}
+			return nil
+		},
+	}
 }
 
 func shownConfig(ctx context.Context, o *options, running bool) (string, error) {

@@ -7,7 +7,6 @@ package main
 
 import (
 	"context"
-	"flag"
 	"fmt"
 	"os"
 	"os/signal"
@@ -92,17 +91,10 @@ when it is ready and feeds the watchdog.`,
   naru serve --config /tmp/try/config.toml    another one beside it: see docs/install.md, "By hand"`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			cfg, err := config.Load(o.config)
-			if err != nil {
-				return err
-			}
-			var kf flag.FlagSet
-			klog.InitFlags(&kf)
-			if err := kf.Set("v", fmt.Sprint(cfg.Log.Verbosity)); err != nil {
-				return usageErrorf("log.verbosity: %v", err)
-			}
+			hup := make(chan os.Signal, 1) // first of all: it would end the process
+			signal.Notify(hup, syscall.SIGHUP)
 			defer klog.Flush()
-			return runServe(c.Context(), cfg)
+			return runServe(c.Context(), o.config, hup)
 		},
 	}
 }

@@ -1,16 +1,17 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,7 +23,6 @@ import (
 	"github.com/naru-project/naru/cri"
 	"github.com/naru-project/naru/cri/streaming"
 	"github.com/naru-project/naru/images"
-	"github.com/naru-project/naru/images/registry"
 	"github.com/naru-project/naru/internal/config"
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/notify"
@@ -44,7 +44,10 @@ const healthTime = 2 * time.Second
 
 // daemon is everything that serves, in the order in which it is made.
 type daemon struct {
-	cfg     *config.Config
+	file    string                        // of the configuration
+	cfg     *config.Config                // as it was at the start
+	now     atomic.Pointer[config.Config] // as it is in effect
+	reloads sync.Mutex                    // one at a time
 	cgroups *cgroup.Driver
 	monitor *monitor.Client
 	given   spec.Host // what containers can get
@@ -56,9 +59,18 @@ type daemon struct {
 	closers []func() error
 }
 
-// runServe runs the daemon until ctx ends.
-func runServe(ctx context.Context, cfg *config.Config) (err error) {
-	d := &daemon{cfg: cfg}
+// runServe runs the daemon until ctx ends. What comes in on hup has it read its
+// configuration again.
+func runServe(ctx context.Context, file string, hup <-chan os.Signal) (err error) {
+	cfg, err := config.Load(file)
+	if err != nil {
+		return err
+	}
+	d := &daemon{file: cmp.Or(file, config.DefaultPath), cfg: cfg}
+	d.now.Store(cfg)
+	if err := setVerbosity(cfg.Log.Verbosity); err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, d.close()) }()
 	for _, s := range []struct {
 		name string
@@ -72,7 +84,7 @@ func runServe(ctx context.Context, cfg *config.Config) (err error) {
 			return errs.New(errs.Of(err), "%s: %w", s.name, err)
 		}
 	}
-	return d.serve(ctx)
+	return d.serve(ctx, hup)
 }
 
 func relaxTimers(context.Context) error {
@@ -167,7 +179,7 @@ func (d *daemon) reachMonitor(ctx context.Context) (err error) {
 
 func (d *daemon) openExecutor(context.Context) (err error) {
 	d.exec, err = native.New(native.Config{
-		RunDir: d.cfg.Run, Cgroups: d.cgroups, Monitor: d.monitor, Stats: stats.New(d.cgroups), OOMScoreFloor: d.given.MinOOMScoreAdj, CRIU: d.cfg.Runtime.CRIU,
+		RunDir: d.cfg.Run, Cgroups: d.cgroups, Monitor: d.monitor, Stats: stats.New(d.cgroups), OOMScoreFloor: d.given.MinOOMScoreAdj, CRIU: liveOf(d.cfg).criu,
 	})
 	if err == nil {
 		d.closers = append(d.closers, d.exec.Close)
@@ -201,8 +213,7 @@ func monitorBinary(configured string) (string, error) {
 
 func (d *daemon) openImages(ctx context.Context) (err error) {
 	d.images, err = images.Open(ctx, images.Config{
-		Root: filepath.Join(d.cfg.Root, "images"), Pinned: d.cfg.Images.Pinned, MaxTransfers: d.cfg.Images.Layers, PullTimeout: d.cfg.Images.PullTimeout.D(),
-		Registry: registry.Config{HostDirs: d.cfg.Images.RegistryDirs, ProgressTimeout: d.cfg.Images.Progress.D()},
+		Root: filepath.Join(d.cfg.Root, "images"), MaxTransfers: d.cfg.Images.Layers, Live: liveOf(d.cfg).images,
 	})
 	if err == nil {
 		d.closers = append(d.closers, d.images.Close)
@@ -213,8 +224,7 @@ func (d *daemon) openImages(ctx context.Context) (err error) {
 func (d *daemon) openSandboxes(ctx context.Context) (err error) {
 	c, n := sandbox.DefaultConfig(), d.cfg.Network
 	c.RunDir, c.StateFile = d.cfg.Run, filepath.Join(d.cfg.Root, "network.json")
-	c.PodCIDRs, c.NonMasqueradeCIDRs, c.MTU, c.HostPorts = n.PodCIDR, n.NonMasquerade, n.MTU, n.HostPorts
-	c.UnprivilegedPorts, c.UnprivilegedPing = n.UnprivilegedPorts, n.UnprivilegedPing
+	c.PodCIDRs, c.HostPorts, c.Live = n.PodCIDR, n.HostPorts, liveOf(d.cfg).network
 	c.Table, c.LinkPrefix, c.PoolSize = n.Table, n.LinkPrefix, n.Pool
 	if d.sandbox, err = sandbox.New(c, sandbox.Deps{Namespaces: native.Maker{X: d.exec}}); err != nil {
 		return err
@@ -226,26 +236,21 @@ func (d *daemon) openSandboxes(ctx context.Context) (err error) {
 	return nil
 }
 
-func handlerNames(cfg *config.Config) []string {
-	return slices.Sorted(maps.Keys(cfg.Handlers))
-}
-
 func (d *daemon) openPods(context.Context) (err error) {
 	fs, err := d.images.FsInfo()
 	if err != nil {
 		return err
 	}
 	d.pods, err = pod.New(pod.Config{
-		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), Sync: d.cfg.SyncRecs, SpecHost: d.given,
-		Handlers: append([]string{"", "naru"}, handlerNames(d.cfg)...), WritableMountpoint: fs.Mountpoint,
-		CDIDirs: d.cfg.CDI.SpecDirs, CDIAnnotations: d.cfg.CDI.Annotations,
+		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), SpecHost: d.given,
+		WritableMountpoint: fs.Mountpoint, Live: liveOf(d.cfg).pods,
 	}, pod.Deps{Executor: d.exec, Sandboxes: d.sandbox, Images: d.images, Cgroups: d.cgroups})
 	return err
 }
 
 func (d *daemon) openServer(context.Context) error {
 	d.server = cri.New(cri.Config{
-		Version: version, Handlers: handlerNames(d.cfg), Verbose: func() any { return d.cfg },
+		Version: version, Handlers: liveOf(d.cfg).handlers, Verbose: func() any { return d.now.Load() },
 		Streaming: streaming.Config{Addr: d.cfg.Stream.Address},
 		Health:    d.health,
 	}, d.pods, d.images, d.host())
@@ -261,7 +266,7 @@ func (d *daemon) health() error {
 
 // serve opens the socket at once, so that kubelet's calls wait instead of
 // failing, recovers, and then answers.
-func (d *daemon) serve(ctx context.Context) error {
+func (d *daemon) serve(ctx context.Context, hup <-chan os.Signal) error {
 	l, err := cri.Listen(d.cfg.Socket, nil)
 	if err != nil {
 		return err
@@ -271,7 +276,7 @@ func (d *daemon) serve(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { d.exec.Run(ctx) })
 	g := cri.NewGRPCServer(d.server)
-	serveAdmin, stopAdmin, err := openAdmin(d.cfg, d.images, d.pods)
+	serveAdmin, stopAdmin, err := d.openAdmin()
 	if err != nil {
 		_ = l.Close()
 		return err
@@ -289,6 +294,7 @@ func (d *daemon) serve(ctx context.Context) error {
 	klog.InfoS("Serving", "socket", d.cfg.Socket, "version", version)
 	notify.Ready()
 	wg.Go(func() { notify.Watch(ctx, d.selfTest) })
+	wg.Go(func() { d.reloadOn(ctx, hup) })
 
 	select {
 	case err = <-served:

@@ -20,12 +20,18 @@ import (
 type fake struct {
 	load func(ctx context.Context, r io.Reader, name string) ([]string, error)
 	ops  []Operation
+
+	reload error
 }
 
 func (f *fake) Operations() []Operation { return f.ops }
 func (f *fake) Pulls() []Pull           { return []Pull{{Ref: "a/b:c", Bytes: 5, Total: 10}} }
 func (f *fake) Version() Version        { return Version{Version: "1.2.3", PID: 42} }
 func (f *fake) Config() (string, error) { return "version = 1\n", nil }
+func (f *fake) Reload() (Reload, error) {
+	return Reload{File: "/c", Changes: []Change{{Key: "k", Old: "1", New: "2"}}}, f.reload
+}
+
 func (f *fake) LoadImage(ctx context.Context, r io.Reader, name string) ([]string, error) {
 	return f.load(ctx, r, name)
 }
@@ -80,7 +86,7 @@ func TestLists(t *testing.T) {
 	if v, err := c.Config(t.Context()); err != nil || v != "version = 1\n" {
 		t.Errorf("config: %q %v", v, err)
 	}
-	if err := c.get(t.Context(), "nothing", &struct{}{}); !errs.Is(err, errs.Unimplemented) {
+	if err := c.ask(t.Context(), http.MethodGet, "nothing", &struct{}{}); !errs.Is(err, errs.Unimplemented) {
 		t.Errorf("an unknown call: %v", err)
 	}
 }
@@ -204,5 +210,18 @@ func TestFromWire(t *testing.T) {
 	}
 	if got := fromWire(&wireErr{Class: "Other"}); !errs.Is(got, errs.Internal) || errors.Unwrap(got) == nil {
 		t.Errorf("got %v", got)
+	}
+}
+
+func TestReload(t *testing.T) {
+	f := &fake{}
+	c := start(t, f)
+	got, err := c.Reload(t.Context())
+	if err != nil || got.File != "/c" || len(got.Changes) != 1 || got.Changes[0] != (Change{"k", "1", "2"}) {
+		t.Fatalf("%+v %v", got, err)
+	}
+	f.reload = errs.New(errs.FailedPrecondition, "root cannot change")
+	if _, err := c.Reload(t.Context()); !errs.Is(err, errs.FailedPrecondition) || err.Error() != "root cannot change" {
+		t.Fatal(err)
 	}
 }

@@ -40,24 +40,29 @@ func NewClient(socket string) *Client {
 
 // Operations lists the running changes.
 func (c *Client) Operations(ctx context.Context) (v []Operation, err error) {
-	return v, c.get(ctx, "operations", &v)
+	return v, c.ask(ctx, http.MethodGet, "operations", &v)
 }
 
 // Pulls lists the images being fetched.
 func (c *Client) Pulls(ctx context.Context) (v []Pull, err error) {
-	return v, c.get(ctx, "pulls", &v)
+	return v, c.ask(ctx, http.MethodGet, "pulls", &v)
 }
 
 // Version of the daemon.
 func (c *Client) Version(ctx context.Context) (v Version, err error) {
-	return v, c.get(ctx, "version", &v)
+	return v, c.ask(ctx, http.MethodGet, "version", &v)
 }
 
 // Config is the daemon's configuration in effect, as TOML.
 func (c *Client) Config(ctx context.Context) (string, error) {
 	var v struct{ TOML string }
-	err := c.get(ctx, "config", &v)
+	err := c.ask(ctx, http.MethodGet, "config", &v)
 	return v.TOML, err
+}
+
+// Reload has the daemon read its configuration again.
+func (c *Client) Reload(ctx context.Context) (v Reload, err error) {
+	return v, c.ask(ctx, http.MethodPost, "reload", &v)
 }
 
 // Load sends an archive and returns the references of its images. progress is
@@ -101,10 +106,10 @@ func (c *Client) do(ctx context.Context, method, path, kind string, body io.Read
 	return nil, errs.New(errs.Unavailable, "ask the daemon at %s: %w", c.socket, err)
 }
 
-func (c *Client) get(ctx context.Context, what string, v any) error {
+func (c *Client) ask(ctx context.Context, method, what string, v any) error {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
-	resp, err := c.do(ctx, http.MethodGet, what, "", nil)
+	resp, err := c.do(ctx, method, what, "", nil)
 	if err != nil {
 		return err
 	}

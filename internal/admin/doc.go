@@ -1,6 +1,6 @@
 // Package admin is what Naru's own command line asks the daemon for and CRI has
 // no words for: running operations, pulls, loading images, the configuration in
-// effect. HTTP with JSON on a unix socket, for root alone; the caller of Serve
+// effect and its reload. HTTP with JSON on a unix socket, for root alone; the caller of Serve
 // brings a listener that refuses others (mode 0600 and SO_PEERCRED).
 //
 // A load sends the archive as the body of its request and gets back, while it
@@ -51,6 +51,19 @@ type Version struct {
 	Started time.Time `json:"started"`
 }
 
+// Reload is what taking a new configuration did.
+type Reload struct {
+	File    string   `json:"file"` // that the daemon reads
+	Changes []Change `json:"changes"`
+}
+
+// Change is one key of the configuration with another value than before.
+type Change struct {
+	Key string `json:"key"`
+	Old string `json:"old"`
+	New string `json:"new"`
+}
+
 // Backend does the work.
 type Backend interface {
 	Operations() []Operation
@@ -58,6 +71,8 @@ type Backend interface {
 	Version() Version
 	// Config is the configuration in effect, as TOML. It holds no secrets.
 	Config() (string, error)
+	// Reload reads the configuration again and takes it, or refuses all of it.
+	Reload() (Reload, error)
 	// LoadImage reads an archive of images from r. name, which may be empty,
 	// takes the place of the archive's own. It returns the references.
 	LoadImage(ctx context.Context, r io.Reader, name string) ([]string, error)

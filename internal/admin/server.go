@@ -41,6 +41,7 @@ func New(b Backend) *Server {
 	mux.HandleFunc("GET /v1/pulls", list(b.Pulls))
 	mux.HandleFunc("GET /v1/version", func(w http.ResponseWriter, _ *http.Request) { reply(w, b.Version()) })
 	mux.HandleFunc("GET /v1/config", s.config)
+	mux.HandleFunc("POST /v1/reload", s.reload)
 	mux.HandleFunc("POST /v1/images/load", s.load)
 	mux.HandleFunc("POST /v1/images/import", s.importPath)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -84,6 +85,15 @@ func (s *Server) config(w http.ResponseWriter, _ *http.Request) {
 		return
 	}
 	reply(w, map[string]string{"toml": text})
+}
+
+func (s *Server) reload(w http.ResponseWriter, _ *http.Request) {
+	done, err := s.backend.Reload()
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	reply(w, done)
 }
 
 func (s *Server) load(w http.ResponseWriter, r *http.Request) {

@@ -50,13 +50,14 @@ func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d)
 func (d Duration) D() time.Duration { return time.Duration(d) }
 
 // Config is the whole configuration. The comments are those of the file that
-// `naru config default` prints.
+// `naru config default` prints; "reload" says whether a running daemon takes a
+// new value (live) or only a restart does (restart).
 type Config struct {
-	Version  int                `toml:"version" comment:"Version of this file's format. Always 1."`
-	Root     string             `toml:"root" comment:"Folder for what lasts over a reboot: images, writable layers, records of pods."`
-	Run      string             `toml:"run" comment:"Folder for what belongs to one boot: namespaces, FIFOs, sockets."`
-	Socket   string             `toml:"socket" comment:"CRI socket, mode 0600. kubelet: --container-runtime-endpoint=unix://<socket>."`
-	SyncRecs bool               `toml:"sync_records" comment:"fsync the record of a pod or container at each change. Off: a power loss may take the last few records with it, which costs nothing, for no container lives through one; a crash of naru never does."`
+	Version  int                `toml:"version" reload:"restart" comment:"Version of this file's format. Always 1."`
+	Root     string             `toml:"root" reload:"restart" comment:"Folder for what lasts over a reboot: images, writable layers, records of pods."`
+	Run      string             `toml:"run" reload:"restart" comment:"Folder for what belongs to one boot: namespaces, FIFOs, sockets."`
+	Socket   string             `toml:"socket" reload:"restart" comment:"CRI socket, mode 0600. kubelet: --container-runtime-endpoint=unix://<socket>."`
+	SyncRecs bool               `toml:"sync_records" reload:"live" comment:"fsync the record of a pod or container at each change. Off: a power loss may take the last few records with it, which costs nothing, for no container lives through one; a crash of naru never does."`
 	Log      Log                `toml:"log"`
 	Network  Network            `toml:"network"`
 	Images   Images             `toml:"images"`
@@ -64,59 +65,59 @@ type Config struct {
 	Runtime  Runtime            `toml:"runtime"`
 	CDI      CDI                `toml:"cdi"`
 	Stream   Streaming          `toml:"streaming"`
-	Handlers map[string]Handler `toml:"handlers" comment:"Further runtime handlers for RuntimeClass, by name. \"\" and \"naru\" are built in."`
+	Handlers map[string]Handler `toml:"handlers" reload:"live" comment:"Further runtime handlers for RuntimeClass, by name. \"\" and \"naru\" are built in."`
 }
 
 // Log of the daemon.
 type Log struct {
-	Verbosity int `toml:"verbosity" comment:"klog verbosity: 0 says what matters, 2 each change, 4 each request."`
+	Verbosity int `toml:"verbosity" reload:"live" comment:"klog verbosity: 0 says what matters, 2 each change, 4 each request."`
 }
 
 // Network of pods: the built-in one.
 type Network struct {
-	PodCIDR           []string `toml:"pod_cidr" comment:"Ranges for pod addresses, IPv4 and IPv6, the primary family first. [\"auto\"] waits until kubelet tells them (UpdateRuntimeConfig); until then the network is not ready."`
-	MTU               int      `toml:"mtu" comment:"MTU of pods' interfaces; 0 = that of the interface with the default route."`
-	NonMasquerade     []string `toml:"non_masquerade" comment:"Destinations that see pods' own addresses: put the cluster's whole pod range here. This node's own range always is one."`
-	HostPorts         bool     `toml:"host_ports" comment:"Publish host ports."`
-	UnprivilegedPorts bool     `toml:"unprivileged_ports" comment:"Let any process of a pod listen on ports below 1024 (net.ipv4.ip_unprivileged_port_start=0), unless the pod's own sysctls say otherwise."`
-	UnprivilegedPing  bool     `toml:"unprivileged_ping" comment:"Let any process of a pod use ping without CAP_NET_RAW."`
-	Table             string   `toml:"nft_table" comment:"Name of the nftables table (family inet) that Naru owns."`
-	LinkPrefix        string   `toml:"link_prefix" comment:"Beginning of the names of pods' host interfaces; two daemons on one host need different ones."`
-	Pool              int      `toml:"pool" comment:"How many network namespaces are kept ready for the next pods."`
+	PodCIDR           []string `toml:"pod_cidr" reload:"restart" comment:"Ranges for pod addresses, IPv4 and IPv6, the primary family first. [\"auto\"] waits until kubelet tells them (UpdateRuntimeConfig); until then the network is not ready."`
+	MTU               int      `toml:"mtu" reload:"live" comment:"MTU of pods' interfaces; 0 = that of the interface with the default route."`
+	NonMasquerade     []string `toml:"non_masquerade" reload:"live" comment:"Destinations that see pods' own addresses: put the cluster's whole pod range here. This node's own range always is one."`
+	HostPorts         bool     `toml:"host_ports" reload:"restart" comment:"Publish host ports."`
+	UnprivilegedPorts bool     `toml:"unprivileged_ports" reload:"live" comment:"Let any process of a pod listen on ports below 1024 (net.ipv4.ip_unprivileged_port_start=0), unless the pod's own sysctls say otherwise."`
+	UnprivilegedPing  bool     `toml:"unprivileged_ping" reload:"live" comment:"Let any process of a pod use ping without CAP_NET_RAW."`
+	Table             string   `toml:"nft_table" reload:"restart" comment:"Name of the nftables table (family inet) that Naru owns."`
+	LinkPrefix        string   `toml:"link_prefix" reload:"restart" comment:"Beginning of the names of pods' host interfaces; two daemons on one host need different ones."`
+	Pool              int      `toml:"pool" reload:"restart" comment:"How many network namespaces are kept ready for the next pods."`
 }
 
 // Images of the node.
 type Images struct {
-	RegistryDirs []string `toml:"registry_dirs" comment:"Folders with <host>/hosts.toml files, as containerd's certs.d; read again at each pull."`
-	Pinned       []string `toml:"pinned" comment:"Images that are never collected as garbage: names, \"*\" stands for any text."`
-	Layers       int      `toml:"concurrent_layers" comment:"How many layers the node transfers and unpacks at once, in all pulls together; 0 = by the number of CPUs."`
-	Progress     Duration `toml:"progress_timeout" comment:"A transfer that gets no byte for so long is given up."`
-	PullTimeout  Duration `toml:"pull_timeout" comment:"A pull that takes longer is given up, whatever it does."`
+	RegistryDirs []string `toml:"registry_dirs" reload:"live" comment:"Folders with <host>/hosts.toml files, as containerd's certs.d; read again at each pull."`
+	Pinned       []string `toml:"pinned" reload:"live" comment:"Images that are never collected as garbage: names, \"*\" stands for any text."`
+	Layers       int      `toml:"concurrent_layers" reload:"restart" comment:"How many layers the node transfers and unpacks at once, in all pulls together; 0 = by the number of CPUs."`
+	Progress     Duration `toml:"progress_timeout" reload:"live" comment:"A transfer that gets no byte for so long is given up."`
+	PullTimeout  Duration `toml:"pull_timeout" reload:"live" comment:"A pull that takes longer is given up, whatever it does."`
 }
 
 // Cgroup settings.
 type Cgroup struct {
-	Driver        string `toml:"driver" comment:"\"cgroupfs\", \"systemd\", or \"auto\": systemd where it is PID 1 and cgroup v2 is mounted. kubelet asks for it (RuntimeConfig)."`
-	DefaultParent string `toml:"default_parent" comment:"Parent of containers whose pod names none; empty = /naru, or naru.slice with systemd."`
+	Driver        string `toml:"driver" reload:"restart" comment:"\"cgroupfs\", \"systemd\", or \"auto\": systemd where it is PID 1 and cgroup v2 is mounted. kubelet asks for it (RuntimeConfig)."`
+	DefaultParent string `toml:"default_parent" reload:"restart" comment:"Parent of containers whose pod names none; empty = /naru, or naru.slice with systemd."`
 }
 
 // Runtime settings of the native executor.
 type Runtime struct {
-	Monitor        string `toml:"monitor" comment:"The naru-monitor binary; empty = beside naru, then PATH. It is started when no keeper answers."`
-	MonitorDir     string `toml:"monitor_dir" comment:"Folder of the monitor's socket; empty = <run>/monitor."`
-	UserNamespaces bool   `toml:"user_namespaces" comment:"Offer user namespaces (hostUsers: false)."`
-	CRIU           string `toml:"criu" comment:"Absolute path of the criu program (3.17 or newer), for CheckpointContainer; empty = no checkpoints. A checkpoint holds the container's memory, with all secrets in it."`
+	Monitor        string `toml:"monitor" reload:"restart" comment:"The naru-monitor binary; empty = beside naru, then PATH. It is started when no keeper answers."`
+	MonitorDir     string `toml:"monitor_dir" reload:"restart" comment:"Folder of the monitor's socket; empty = <run>/monitor."`
+	UserNamespaces bool   `toml:"user_namespaces" reload:"restart" comment:"Offer user namespaces (hostUsers: false)."`
+	CRIU           string `toml:"criu" reload:"live" comment:"Absolute path of the criu program (3.17 or newer), for CheckpointContainer; empty = no checkpoints. A checkpoint holds the container's memory, with all secrets in it."`
 }
 
 // CDI devices: the Container Device Interface.
 type CDI struct {
-	SpecDirs    []string `toml:"spec_dirs" comment:"Folders with the specification files (*.yaml, *.json) of CDI devices; a later folder goes before an earlier one. Root must own folders and files, and nobody else may write to them. [] switches CDI off."`
-	Annotations bool     `toml:"annotations" comment:"Let containers name CDI devices in annotations (cdi.k8s.io/...), past any device plugin: whoever may create pods gets any device that a specification describes."`
+	SpecDirs    []string `toml:"spec_dirs" reload:"live" comment:"Folders with the specification files (*.yaml, *.json) of CDI devices; a later folder goes before an earlier one. Root must own folders and files, and nobody else may write to them. [] switches CDI off."`
+	Annotations bool     `toml:"annotations" reload:"live" comment:"Let containers name CDI devices in annotations (cdi.k8s.io/...), past any device plugin: whoever may create pods gets any device that a specification describes."`
 }
 
 // Streaming server for exec, attach and port-forward.
 type Streaming struct {
-	Address string `toml:"address" comment:"Where the streaming server listens: loopback; port 0 = any free one. kubelet reaches it on the same host."`
+	Address string `toml:"address" reload:"restart" comment:"Where the streaming server listens: loopback; port 0 = any free one. kubelet reaches it on the same host."`
 }
 
 // Handler is one runtime handler.
@@ -145,7 +146,9 @@ func DefaultFile() string {
 	var b strings.Builder
 	b.WriteString("# Configuration of naru. Every key stands here with its default.\n")
 	b.WriteString("# Drop-ins: *.toml in the folder config.d beside this file, in the order of their names;\n")
-	b.WriteString("# what they set replaces what stands here. Check with: naru config check\n\n")
+	b.WriteString("# what they set replaces what stands here. Check with: naru config check\n")
+	b.WriteString("# What is marked [live] changes in the running daemon: naru config reload (or SIGHUP).\n")
+	b.WriteString("# A reload that changes anything else is refused as a whole: restart naru for that.\n\n")
 	text, err := Default().File()
 	if err != nil {
 		panic(err) // a constant
@@ -161,7 +164,7 @@ func (c *Config) File() (string, error) {
 	if err := e.Encode(c); err != nil {
 		return "", errs.New(errs.Internal, "write the configuration: %w", err)
 	}
-	return b.String(), nil
+	return markLive(b.String()), nil
 }
 
 // AdminSocket is the socket of Naru's own command line.

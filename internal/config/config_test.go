@@ -32,8 +32,13 @@ func TestEveryKeyHasAComment(t *testing.T) {
 		for f := range r.Fields() {
 			if f.Type.Kind() == reflect.Struct {
 				walk(f.Type, at+f.Name+".")
-			} else if f.Tag.Get("comment") == "" || f.Tag.Get("toml") == "" {
+				continue
+			}
+			if f.Tag.Get("comment") == "" || f.Tag.Get("toml") == "" {
 				t.Errorf("%s%s has no comment or no toml name", at, f.Name)
+			}
+			if r := f.Tag.Get("reload"); r != "live" && r != "restart" {
+				t.Errorf("%s%s does not say whether a reload takes it: reload:%q, want live or restart", at, f.Name, r)
 			}
 		}
 	}

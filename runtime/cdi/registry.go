@@ -39,9 +39,8 @@ const (
 
 // Registry is the set of devices that the folders describe.
 type Registry struct {
-	dirs []string
-
 	mu    sync.Mutex
+	dirs  []string         // guarded by mu
 	files map[string]*file // by path; guarded by mu
 }
 
@@ -66,6 +65,13 @@ func New(dirs []string) *Registry {
 	return &Registry{dirs: slices.Clone(dirs), files: map[string]*file{}}
 }
 
+// SetDirs changes the folders.
+func (r *Registry) SetDirs(dirs []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.dirs = slices.Clone(dirs)
+}
+
 // Resolve says what the devices with these names add to a container.
 func (r *Registry) Resolve(names []string) (*Edits, error) {
 	for _, name := range names {
@@ -73,11 +79,11 @@ func (r *Registry) Resolve(names []string) (*Edits, error) {
 			return nil, errs.New(errs.InvalidArgument, "CDI device %q: want vendor.com/class=name", clip(name))
 		}
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if len(r.dirs) == 0 {
 		return nil, errs.New(errs.FailedPrecondition, "CDI device %q: CDI is switched off on this node, cdi.spec_dirs is empty", names[0])
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	problems := r.refresh()
 	devices := r.devices()
 	var found []*cdilib.Device

@@ -36,8 +36,9 @@ func (x *Executor) Checkpoint(ctx context.Context, c *runtime.Container, dir str
 	fail := func(class errs.Class, format string, args ...any) error {
 		return errs.New(class, "checkpoint container %s: %w", short(c.ID), fmt.Errorf(format, args...))
 	}
+	criu := *x.criu.Load()
 	switch {
-	case x.cfg.CRIU == "":
+	case criu == "":
 		return fail(errs.Unimplemented, "checkpoints are off; name the criu program in runtime.criu of the configuration")
 	case c.TTY:
 		return fail(errs.Unimplemented, "it has a terminal, whose other end criu cannot keep")
@@ -65,12 +66,12 @@ func (x *Executor) Checkpoint(ctx context.Context, c *runtime.Container, dir str
 	for _, e := range external {
 		args = append(args, "--external", e)
 	}
-	if err := x.runProgram(ctx, criuGrace, append([]string{x.cfg.CRIU}, args...)); err != nil {
+	if err := x.runProgram(ctx, criuGrace, append([]string{criu}, args...)); err != nil {
 		switch {
 		case ctx.Err() != nil:
 			return fail(errs.Of(ctx.Err()), "%w", context.Cause(ctx))
 		case errors.Is(err, fs.ErrNotExist):
-			return fail(errs.FailedPrecondition, "runtime.criu names %s, which is not there", x.cfg.CRIU)
+			return fail(errs.FailedPrecondition, "runtime.criu names %s, which is not there", criu)
 		}
 		return fail(errs.Internal, "criu dump: %w: %s", err, criuErrors(filepath.Join(dir, dumpLog)))
 	}

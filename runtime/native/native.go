@@ -26,6 +26,7 @@ import (
 	"path/filepath"
 	goruntime "runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -55,6 +56,7 @@ type Config struct {
 // Executor runs containers.
 type Executor struct {
 	cfg   Config
+	criu  atomic.Pointer[string]
 	proc  *os.File // a procfs of our own, attached nowhere
 	exits chan runtime.Exit
 
@@ -94,8 +96,12 @@ func New(cfg Config) (*Executor, error) {
 		known:    map[*specs.LinuxSeccomp]*filter{},
 		live:     map[string]*handle{},
 	}
+	x.SetCRIU(cfg.CRIU)
 	return x, nil
 }
+
+// SetCRIU names the program that makes checkpoints; empty = there are none.
+func (x *Executor) SetCRIU(path string) { x.criu.Store(&path) }
 
 // Run forwards exits until ctx ends.
 func (x *Executor) Run(ctx context.Context) {

@@ -45,9 +45,8 @@ import (
 
 // Config does not change during the life of a Firewall.
 type Config struct {
-	Table        string         // name of the table, family inet
-	Group        uint32         // link group of pod links
-	NoMasquerade []netip.Prefix // destinations that see pod addresses; pods themselves always do
+	Table string // name of the table, family inet
+	Group uint32 // link group of pod links
 }
 
 // Port is one mapping of a port of the node to one of a pod.
@@ -73,15 +72,18 @@ type Firewall struct {
 	mu      sync.Mutex
 	pods    map[string]pod // +checklocks:mu
 	sources []netip.Prefix // +checklocks:mu
+	// plain are destinations that see pods' addresses, beside the pods. // +checklocks:mu
+	plain []netip.Prefix
 	// inherited are elements of host ports that a former process left, of pods
 	// that are not adopted yet. They live until Reconcile. // +checklocks:mu
 	inherited map[*nftables.Set][]element
 }
 
-// New returns a Firewall that has not touched the kernel yet.
-func New(cfg Config) *Firewall {
+// New returns a Firewall that has not touched the kernel yet; plain is what
+// SetPlain changes.
+func New(cfg Config, plain []netip.Prefix) *Firewall {
 	t := &nftables.Table{Name: cfg.Table, Family: nftables.TableFamilyINet}
-	f := &Firewall{cfg: cfg, table: t, sets: newSets(t), pods: map[string]pod{}}
+	f := &Firewall{cfg: cfg, plain: plain, table: t, sets: newSets(t), pods: map[string]pod{}}
 	sum := sha256.Sum256(fmt.Appendf(nil, "%d %d %s", rulesetVersion, cfg.Group, cfg.Table))
 	f.tag = "naru " + hex.EncodeToString(sum[:6])
 	return f
@@ -97,6 +99,17 @@ func (f *Firewall) SetSources(sources []netip.Prefix) error {
 		return nil
 	}
 	f.sources = sources
+	return f.rebuild()
+}
+
+// SetPlain tells which destinations see pods' own addresses; pods always do.
+func (f *Firewall) SetPlain(plain []netip.Prefix) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if slices.Equal(f.plain, plain) {
+		return nil
+	}
+	f.plain = slices.Clone(plain)
 	return f.rebuild()
 }
 
@@ -336,7 +349,7 @@ func (f *Firewall) desired() map[*nftables.Set][]element {
 			}
 		}
 	}
-	plain := append(slices.Clone(f.sources), f.cfg.NoMasquerade...)
+	plain := append(slices.Clone(f.sources), f.plain...)
 	out[f.sets.pods4], out[f.sets.pods6] = intervals(f.sources)
 	out[f.sets.plain4], out[f.sets.plain6] = intervals(plain)
 	return out

@@ -82,7 +82,7 @@ func TestIntervalsRandom(t *testing.T) {
 }
 
 func TestElements(t *testing.T) {
-	f := New(Config{Table: "x", Group: 7})
+	f := New(Config{Table: "x", Group: 7}, nil)
 	ips := []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}
 	e := f.elements(map[string]pod{"a": {ips, []Port{
 		{Proto: unix.IPPROTO_TCP, HostPort: 8080, PodPort: 80},
@@ -149,7 +149,7 @@ func TestUDPFilter(t *testing.T) {
 func TestTagsDiffer(t *testing.T) {
 	seen := map[string]bool{}
 	for _, c := range []Config{{Table: "a", Group: 1}, {Table: "a", Group: 2}, {Table: "b", Group: 1}} {
-		seen[New(c).tag] = true
+		seen[New(c, nil).tag] = true
 	}
 	if len(seen) != 3 {
 		t.Error(fmt.Sprint(seen))
