@@ -130,7 +130,7 @@ func TestReloadRefusals(t *testing.T) {
 		"network.pod_cidr = ['10.0.0.0/8']\n":          "network.pod_cidr",
 		"cgroup.driver = 'systemd'\nrun = '/run/x'\n":  `of cgroup.driver: "auto" -> "systemd"`,
 		"images.registry_dirs = ['/a']\nsocket='/s'\n": "socket",
-		"this is no toml": "line 2",
+		"this is no toml":                              "line 2",
 	} {
 		write(text)
 		if c, err := d.reload(); err == nil || c != nil || !strings.Contains(err.Error(), want) {
