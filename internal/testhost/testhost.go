@@ -27,6 +27,14 @@ func Factor() int {
 // Limit stretches a time limit by Factor.
 func Limit(d time.Duration) time.Duration { return d * time.Duration(Factor()) }
 
+// CPUTime is the processor time that this process has used: what a limit on
+// work is best measured by where other work shares the machine.
+func CPUTime() time.Duration {
+	var u unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
 // TellsExits reports whether the kernel tells how a process ended that was
 // somebody else's child and is reaped (PIDFD_INFO_EXIT, Linux 6.15).
 func TellsExits(t testing.TB) bool {
