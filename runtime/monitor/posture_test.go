@@ -73,6 +73,19 @@ func TestMemory(t *testing.T) {
 	}
 }
 
+// A child that waits for its start has little of the worker's memory: the
+// program, its variables, the heap.
+func TestChildrenGetLittleMemory(t *testing.T) {
+	if os.Getenv("NARU_TEST_RACE_MONITOR") != "" {
+		t.Skip("with cgo all is copied (plan.LeaveOut)")
+	}
+	n := newNode(t)
+	c := n.run(spec{args: []string{"true"}, hold: true})
+	if w, child := field(t, n.workerPID(), "VmSize"), field(t, c.pid, "VmSize"); child > 256<<10 || child > w/4 {
+		t.Errorf("the worker maps %d KiB, its child %d KiB", w, child)
+	}
+}
+
 func pss(t testing.TB, pid int) int {
 	t.Helper()
 	p, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))

@@ -41,6 +41,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/runtime/monitor/wire"
+	"github.com/naru-project/naru/runtime/plan"
 )
 
 // Descriptors that the keeper passes.
@@ -113,6 +114,9 @@ func Run(build string) error {
 		return err
 	}
 	w.endOnSIGTERM()
+	if err := plan.LeaveOut(); err != nil {
+		return err
+	}
 	return w.serve()
 }
 
