@@ -55,6 +55,9 @@ func (n *node) ListContainers(context.Context, *criv1.ListContainersRequest) (*c
 }
 
 func (n *node) PodSandboxStatus(_ context.Context, r *criv1.PodSandboxStatusRequest) (*criv1.PodSandboxStatusResponse, error) {
+	if strings.HasPrefix(deadID, r.GetPodSandboxId()) {
+		return &criv1.PodSandboxStatusResponse{Status: &criv1.PodSandboxStatus{Id: deadID}}, nil
+	}
 	if !strings.HasPrefix(podID, r.GetPodSandboxId()) {
 		return nil, status.Error(codes.NotFound, "no such pod")
 	}
@@ -68,6 +71,8 @@ func (n *node) ContainerStatus(_ context.Context, r *criv1.ContainerStatusReques
 	switch {
 	case r.GetContainerId() == "boom":
 		return nil, status.Error(codes.Internal, "the disk burns\x07")
+	case strings.HasPrefix(deadID, r.GetContainerId()):
+		return &criv1.ContainerStatusResponse{Status: &criv1.ContainerStatus{Id: deadID}}, nil
 	case !strings.HasPrefix(ctrID, r.GetContainerId()):
 		return nil, status.Error(codes.NotFound, "no such container")
 	}
@@ -258,7 +263,10 @@ func TestNoDaemon(t *testing.T) {
 	if code != exitError {
 		t.Errorf("exit code %d", code)
 	}
-	wantIn(t, stderr, "is naru running")
+	wantIn(t, stderr, "is naru running", "no such file or directory")
+	if strings.Contains(stderr, "connection error") {
+		t.Errorf("gRPC's own words: %s", stderr)
+	}
 	_, stderr, code = naru(t, "", "ops", "--admin-socket", filepath.Join(t.TempDir(), "none"))
 	if code != exitError {
 		t.Errorf("exit code %d", code)
@@ -282,6 +290,12 @@ func TestInspect(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 	wantIn(t, stderr, `no container, pod or image "zzzz"`)
+	// A beginning that a container and a pod share names neither.
+	_, stderr, code = naru(t, "", "inspect", "dddd", "--config", cfg)
+	if code != exitError {
+		t.Errorf("exit code %d", code)
+	}
+	wantIn(t, stderr, "several ids", "container "+deadID, "pod "+deadID)
 	_, stderr, code = naru(t, "", "inspect", "boom", "--config", cfg)
 	if code != exitError || strings.Contains(stderr, "\x07") {
 		t.Errorf("%d %q", code, stderr)

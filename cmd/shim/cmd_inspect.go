@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -48,36 +49,68 @@ configuration). ID is an id, the beginning of one, or an image's name.`,
 	}
 }
 
-// inspect asks for the id as a container, a pod, an image, in that order.
+// inspect asks for the id as a container, a pod and an image. One that begins
+// the ids of several kinds names none of them.
 func inspect(ctx context.Context, cli *criClient, id string) (*inspected, error) {
+	var found []*inspected
+	var names []string
+	for _, ask := range []func(context.Context, *criClient, string) (*inspected, string, error){inspectContainer, inspectPod, inspectImage} {
+		v, name, err := ask(ctx, cli, id)
+		switch {
+		case err != nil && !errs.Is(err, errs.NotFound):
+			return nil, err
+		case err != nil:
+		case name == id: // it is whole
+			return v, nil
+		default:
+			found, names = append(found, v), append(names, v.Kind+" "+name)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return nil, errs.New(errs.NotFound, "no container, pod or image %q", clean(id))
+	case 1:
+		return found[0], nil
+	}
+	return nil, errs.New(errs.InvalidArgument, "%q is the beginning of several ids: %s; write more of it", clean(id), strings.Join(names, ", "))
+}
+
+func inspectContainer(ctx context.Context, cli *criClient, id string) (*inspected, string, error) {
 	k, err := call(ctx, cli, "inspect "+id, func(ctx context.Context) (*criv1.ContainerStatusResponse, error) {
 		return cli.runtime.ContainerStatus(ctx, &criv1.ContainerStatusRequest{ContainerId: id, Verbose: true})
 	})
-	if err == nil {
-		return toInspected("container", k.GetStatus(), k.GetInfo())
+	if err != nil {
+		return nil, "", err
 	}
-	if !errs.Is(err, errs.NotFound) {
-		return nil, err
-	}
+	v, err := toInspected("container", k.GetStatus(), k.GetInfo())
+	return v, k.GetStatus().GetId(), err
+}
+
+func inspectPod(ctx context.Context, cli *criClient, id string) (*inspected, string, error) {
 	p, err := call(ctx, cli, "inspect "+id, func(ctx context.Context) (*criv1.PodSandboxStatusResponse, error) {
 		return cli.runtime.PodSandboxStatus(ctx, &criv1.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
 	})
-	if err == nil {
-		return toInspected("pod", p.GetStatus(), p.GetInfo())
+	if err != nil {
+		return nil, "", err
 	}
-	if !errs.Is(err, errs.NotFound) {
-		return nil, err
-	}
+	v, err := toInspected("pod", p.GetStatus(), p.GetInfo())
+	return v, p.GetStatus().GetId(), err
+}
+
+func inspectImage(ctx context.Context, cli *criClient, id string) (*inspected, string, error) {
 	i, err := call(ctx, cli, "inspect "+id, func(ctx context.Context) (*criv1.ImageStatusResponse, error) {
 		return cli.images.ImageStatus(ctx, &criv1.ImageStatusRequest{Image: &criv1.ImageSpec{Image: id}, Verbose: true})
 	})
-	if err != nil && !errs.Is(err, errs.NotFound) && !errs.Is(err, errs.InvalidArgument) {
-		return nil, err
+	// CRI answers an absent image without an error, and what no image can be
+	// called is the name of none.
+	if err == nil && i.GetImage() == nil || errs.Is(err, errs.InvalidArgument) {
+		err = errs.New(errs.NotFound, "no image %q", clean(id))
 	}
-	if err != nil || i.GetImage() == nil { // CRI answers an absent image without an error
-		return nil, errs.New(errs.NotFound, "no container, pod or image %q", clean(id))
+	if err != nil {
+		return nil, "", err
 	}
-	return toInspected("image", i.GetImage(), i.GetInfo())
+	v, err := toInspected("image", i.GetImage(), i.GetInfo())
+	return v, i.GetImage().GetId(), err
 }
 
 func toInspected(kind string, status proto.Message, info map[string]string) (*inspected, error) {

@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"time"
 
 	"google.golang.org/grpc"
@@ -45,6 +47,19 @@ func dialCRI(o *options) (*criClient, error) {
 
 func (c *criClient) close() { _ = c.conn.Close() }
 
+// unreachable says why no daemon answers, in place of how gRPC tells it.
+func (c *criClient) unreachable(message string) string {
+	conn, err := net.DialTimeout("unix", c.socket, time.Second)
+	if err == nil {
+		_ = conn.Close()
+		return clean(message)
+	}
+	if op := (*net.OpError)(nil); errors.As(err, &op) {
+		err = op.Err
+	}
+	return err.Error()
+}
+
 // call bounds fn and words its error for a person.
 func call[T any](ctx context.Context, c *criClient, what string, fn func(context.Context) (T, error)) (T, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -58,7 +73,7 @@ func call[T any](ctx context.Context, c *criClient, what string, fn func(context
 	case codes.NotFound:
 		err = errs.New(errs.NotFound, "%s: %s", what, clean(s.Message()))
 	case codes.Unavailable:
-		err = errs.New(errs.Unavailable, "%s: the daemon at %s does not answer: %s (is naru running, and are you root?)", what, c.socket, clean(s.Message()))
+		err = errs.New(errs.Unavailable, "%s: the daemon at %s does not answer: %s (is naru running, and are you root?)", what, c.socket, c.unreachable(s.Message()))
 	case codes.InvalidArgument:
 		err = errs.New(errs.InvalidArgument, "%s: %s", what, clean(s.Message()))
 	default:

@@ -25,13 +25,13 @@ var version = "0.1.0-dev"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	root := newRoot()
-	err := root.ExecuteContext(ctx)
+	ran, err := root.ExecuteContextC(ctx)
 	stop()
 	code := exitCode(err)
 	if err != nil && !isSilent(err) {
 		fmt.Fprintln(root.ErrOrStderr(), "naru:", err)
 		if code == exitUsage { // help is one word away
-			fmt.Fprintln(root.ErrOrStderr(), "Try: naru --help")
+			fmt.Fprintf(root.ErrOrStderr(), "Try: %s --help\n", ran.CommandPath())
 		}
 	}
 	os.Exit(code)

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"sort"
 	"strings"
 	"syscall"
@@ -312,6 +313,12 @@ func (c *Config) Validate() error {
 	return errors.Join(all...)
 }
 
+// The names that the network gives to things of the kernel.
+var (
+	tableName  = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,30}$`)
+	linkPrefix = regexp.MustCompile(`^[a-z][a-z0-9]{0,5}$`) // IFNAMSIZ, with what follows
+)
+
 func (c *Config) validateNetwork(bad func(key, format string, args ...any)) {
 	n := &c.Network
 	if len(n.PodCIDR) == 0 {
@@ -339,8 +346,11 @@ func (c *Config) validateNetwork(bad func(key, format string, args ...any)) {
 	if n.Pool < 0 || n.Pool > 64 {
 		bad("network.pool", "%d is not between 0 and 64", n.Pool)
 	}
-	if n.Table == "" || n.LinkPrefix == "" || len(n.LinkPrefix) > 6 {
-		bad("network", "nft_table must not be empty, link_prefix must have 1 to 6 characters")
+	if !tableName.MatchString(n.Table) {
+		bad("network.nft_table", "%q is not a lower-case letter and at most 30 more letters, digits, _ and -", n.Table)
+	}
+	if !linkPrefix.MatchString(n.LinkPrefix) {
+		bad("network.link_prefix", "%q is not a lower-case letter and at most 5 more letters and digits", n.LinkPrefix)
 	}
 }
 
