@@ -53,7 +53,7 @@ type Config struct {
 	Driver        string // DriverAuto, DriverCgroupfs or DriverSystemd; empty = auto
 	DefaultParent string // parent of containers whose pod names none; empty = "/naru" or "naru.slice"
 	// StateDir remembers, over a restart of the daemon, which parents Naru made
-	// itself. It must be cleared at boot, as the cgroups are (a folder of
+	// itself, and whose OOM kills were whose. It must be cleared at boot, as the cgroups are (a folder of
 	// /run). Empty = remembered in memory only.
 	StateDir string
 }
@@ -111,6 +111,7 @@ type Driver struct {
 	hugePages     map[string]bool // sizes as in the file names, "2MB"
 	want          []string        // version 2 controllers to enable below the root
 	marks         marks
+	ledger        ledger // systemd's driver alone
 
 	units unitDialer
 	mu    sync.Mutex
@@ -125,6 +126,10 @@ func New(cfg Config) (*Driver, error) {
 		control:       map[string]*hierarchy{},
 		marks:         marks{dir: cfg.StateDir, mem: map[string][]string{}},
 		units:         dialSystemd,
+	}
+	d.ledger = ledger{kills: d.oomKills, below: d.groupsBelow, slices: map[string]*account{}}
+	if cfg.StateDir != "" {
+		d.ledger.dir = filepath.Join(cfg.StateDir, "oom")
 	}
 	if d.root == "" {
 		d.root = DefaultRoot

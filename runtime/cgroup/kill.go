@@ -177,25 +177,6 @@ func appendPids(pids []int, dir int, file string) ([]int, error) {
 	}
 }
 
-// OOMKills counts the processes that the OOM killer has ended in the group
-// (and, on version 2, below it). Version 1 counts each group alone.
-func (g *Group) OOMKills() (uint64, error) {
-	h := g.d.control["memory"]
-	if h == nil {
-		return 0, nil
-	}
-	file := "memory.events"
-	if g.d.mode != ModeV2 {
-		file = "memory.oom_control"
-	}
-	b, err := readAt(h.fd, g.rel+"/"+file)
-	if err != nil {
-		return 0, classify(err, "read OOM kills of cgroup %s", g.Path)
-	}
-	n, _ := keyed(b, "oom_kill")
-	return n, nil
-}
-
 // Freeze stops every process of the group and returns when all have stopped.
 func (g *Group) Freeze(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, freezeWait)

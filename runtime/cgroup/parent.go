@@ -92,6 +92,9 @@ func (m *marks) all() ([]string, error) {
 	}
 	var paths []string
 	for _, e := range list {
+		if e.IsDir() { // the ledger's
+			continue
+		}
 		file := filepath.Join(m.dir, e.Name())
 		b, err := os.ReadFile(file)
 		if err != nil {
@@ -107,9 +110,12 @@ func (m *marks) all() ([]string, error) {
 	return paths, nil
 }
 
-func (m *marks) file(path string) string {
+func (m *marks) file(path string) string { return filepath.Join(m.dir, fileName(path)) }
+
+// fileName is what the file of a cgroup is called.
+func fileName(path string) string {
 	sum := sha256.Sum256([]byte(path))
-	return filepath.Join(m.dir, hex.EncodeToString(sum[:16]))
+	return hex.EncodeToString(sum[:16])
 }
 
 // EnsurePod makes the cgroup parent of a pod, CRI's cgroup_parent, wherever it

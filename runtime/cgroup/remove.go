@@ -28,7 +28,11 @@ func (g *Group) Remove(ctx context.Context) error {
 		return err
 	}
 	if g.d.systemd {
+		kills, _ := g.d.oomKills(g.Path) // 0: it is gone
 		if err := g.d.stopScope(ctx, g.Path); err != nil {
+			return err
+		}
+		if err := g.d.ledger.forget(g.Path, kills); err != nil {
 			return err
 		}
 	}

@@ -73,6 +73,9 @@ func property(name string, value any) sddbus.Property {
 // too, because a daemon-reload writes a unit's properties again.
 func (d *Driver) startScope(ctx context.Context, cgroupPath string, pid int, r *runtime.Resources) error {
 	slice := path.Base(parentOf(cgroupPath))
+	if err := d.ledger.open(parentOf(cgroupPath)); err != nil {
+		return err
+	}
 	limits := *r
 	if limits.MemorySwap == 0 && limits.Memory > 0 {
 		limits.MemorySwap = limits.Memory // no swap unless asked for, as swapMax
@@ -285,10 +288,16 @@ func (d *Driver) ensureSlice(ctx context.Context, cgroupPath string) error {
 func (d *Driver) removeSlice(ctx context.Context, cgroupPath string) error {
 	d.marks.mu.Lock()
 	defer d.marks.mu.Unlock()
+	used := d.populated(cgroupPath)
+	if !used {
+		if err := d.ledger.close(cgroupPath); err != nil {
+			return err
+		}
+	}
 	if !slices.Contains(d.marks.get(cgroupPath), "systemd") {
 		return nil
 	}
-	if d.populated(cgroupPath) {
+	if used {
 		return errs.New(errs.FailedPrecondition, "remove slice %s: it is not empty", path.Base(cgroupPath))
 	}
 	if err := d.stopUnit(ctx, cgroupPath); err != nil {

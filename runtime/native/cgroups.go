@@ -105,14 +105,7 @@ func (x *Executor) Update(ctx context.Context, c *runtime.Container, r runtime.R
 
 // OOMKilled reports whether the OOM killer ended a process of the container.
 func (x *Executor) OOMKilled(_ context.Context, c *runtime.Container) (bool, error) {
-	g, err := x.cfg.Cgroups.Open(c.Cgroup)
-	if err != nil {
-		if errs.Is(err, errs.NotFound) {
-			return false, nil
-		}
-		return false, err
-	}
-	n, err := g.OOMKills()
+	n, err := x.cfg.Cgroups.OOMKills(c.Cgroup)
 	return n > 0, err
 }
 
