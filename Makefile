@@ -53,7 +53,7 @@ test: check-root check-test build build-all lint critest critest-benchmark demo 
 	@echo "PASS: make test"
 
 .PHONY: test-nightly
-test-nightly: test fuzz kubelet-smoke test-vm ## make test, then every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine
+test-nightly: test fuzz kubelet-smoke test-vm test-cgroup2 ## make test, then every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine
 	@$(GO) test -race -count=3 -timeout 60m ./...
 	@echo "PASS: make test-nightly"
 
@@ -109,6 +109,22 @@ vm-image: check-root ## Build the cgroup v2 test machine (Debian 12 under QEMU),
 .PHONY: test-vm
 test-vm: vm-image build cri-tools hack-tools ## Demo, Go tests, the systemd unit and AppArmor specs inside the cgroup v2 machine
 	@GO=$(GO) hack/vm/test.sh $(or $(VM),bookworm)
+
+# The packages whose tests ask the kernel for what differs with the cgroup version.
+kernel_tests := test/ring runtime/native runtime/cgroup runtime/stats runtime/monitor
+
+.PHONY: test-cgroup2
+test-cgroup2: vm-image build cri-tools hack-tools ## critest whole and the Go tests with real cgroups, in the cgroup v2 machine; DRIVER=systemd|cgroupfs
+	@GO=$(GO) PARTS="critest units" UNITS="$(kernel_tests)" NARU_CGROUP_DRIVER=$(or $(DRIVER),systemd) hack/vm/test.sh $(or $(VM),bookworm)
+
+.PHONY: test-cgroup2-full
+test-cgroup2-full: build cri-tools hack-tools ## test-cgroup2 on both kernels with both drivers; about two hours, its log is kept in the cache
+	@log=$(CACHE)/test-cgroup2-full/$$(date -u +%Y%m%dT%H%M%S); mkdir -p $$log; rc=0; \
+	for vm in bookworm backports; do for driver in systemd cgroupfs; do \
+		echo "== $$vm, $$driver" | tee -a $$log/log; \
+		OUT=$$log/$$vm-$$driver $(MAKE) test-cgroup2 VM=$$vm DRIVER=$$driver 2>&1 | tee -a $$log/log || rc=1; \
+	done; done; \
+	echo "the log is $$log/log"; exit $$rc
 
 ##@ Install
 

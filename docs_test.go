@@ -96,7 +96,7 @@ func TestLinks(t *testing.T) {
 	}
 }
 
-var makeTarget = regexp.MustCompile("`make ([a-z][a-z-]*)")
+var makeTarget = regexp.MustCompile("`make ([a-z][a-z0-9-]*)")
 
 // TestMakeTargets checks that the documents name only targets that exist.
 func TestMakeTargets(t *testing.T) {

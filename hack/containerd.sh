@@ -45,7 +45,7 @@ containerd_up() {
 	      runtime_type = "io.containerd.runc.v2"
 	      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
 	        BinaryName = "$(command -v "${RUNC:-runc}")"
-	        SystemdCgroup = false
+	        SystemdCgroup = $([ "${NARU_CGROUP_DRIVER:-cgroupfs}" = systemd ] && echo true || echo false)
 	EOF
 	spawn containerd "$(command -v "${CONTAINERD:-containerd}")" --config "$dir/config.toml"
 	containerd_endpoint=unix://$dir/containerd.sock

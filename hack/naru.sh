@@ -1,13 +1,21 @@
 # shellcheck shell=bash
 # A private naru: all its files under $work, in the run's network namespace.
 # Sourced after lib.sh.
+# Variables: NARU_CGROUP_DRIVER=systemd  where systemd is PID 1 and cgroup v2 is mounted
 
 naru_endpoint='' # filled by naru_paths
+cgroup_driver=${NARU_CGROUP_DRIVER:-cgroupfs}
 
 naru_paths() { naru_endpoint=unix://$work/run/naru.sock; }
 
-# naru_cgroup_parent is where the scripts put their pods.
-naru_cgroup_parent() { echo "/$run_name-pods"; }
+# naru_cgroup_parent is where the scripts put their pods. In a slice's name a
+# dash would be a level of its own.
+naru_cgroup_parent() {
+	case $cgroup_driver in
+	systemd) echo "${run_name//-/_}_pods.slice" ;;
+	*) echo "/$run_name-pods" ;;
+	esac
+}
 
 # naru_up starts it, with a network that is ready at once and, if a registry
 # runs, with every name leading to that.
@@ -28,7 +36,7 @@ naru_up() {
 	[images]
 	registry_dirs = ["$work/certs.d"]
 	[cgroup]
-	driver = "cgroupfs"
+	driver = "$cgroup_driver"
 	default_parent = "$(naru_cgroup_parent)"
 	[runtime]
 	monitor = "$bin/naru-monitor"
@@ -58,6 +66,7 @@ naru_down() {
 			sleep 0.05
 		done
 	done
+	[ "$cgroup_driver" != systemd ] || systemctl stop "$(naru_cgroup_parent)"
 	for c in $(cgroups_of "$run_name-pods*"); do find "$c" -depth -type d -exec rmdir {} + 2>/dev/null || true; done
 	unmount_below "$work/run"
 }

@@ -108,7 +108,7 @@ type backend struct{ n *node }
 
 func (b backend) Operations() []admin.Operation {
 	now := time.Now()
-	return []admin.Operation{{ID: podID, Name: "default/web", Kind: "RunPodSandbox", Step: "network", Started: now.Add(-90 * time.Second), StepAt: now.Add(-3 * time.Second)}}
+	return []admin.Operation{{ID: podID, Name: "default/web", Kind: "RunPodSandbox", Step: "network", Started: now.Add(-90 * time.Minute), StepAt: now.Add(-30 * time.Minute)}}
 }
 
 func (b backend) Pulls() []admin.Pull {
@@ -306,7 +306,7 @@ func TestInspect(t *testing.T) {
 func TestOpsAndPulls(t *testing.T) {
 	_, cfg := startNode(t)
 	out, _, _ := naru(t, "", "ops", "--config", cfg)
-	wantIn(t, out, "RunPodSandbox", "default/web", "network", "3.0s", "90s")
+	wantIn(t, out, "RunPodSandbox", "default/web", "network", "30m", "90m")
 	out, _, _ = naru(t, "", "image", "pulls", "--config", cfg)
 	wantIn(t, out, "nginx:1", "layers", "1/4", "5.0 MB of 20 MB")
 	out, _, _ = naru(t, "", "ops", "-o", "json", "--config", cfg)

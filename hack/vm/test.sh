@@ -4,9 +4,10 @@
 # and the systemd units. Everything is compiled outside: the machine is
 # emulated, and process starts are about ten times slower than here.
 #   hack/vm/test.sh [bookworm|backports]
-# Variables: PARTS="demo units service apparmor"   only some of it
-#            UNITS="pod runtime/monitor"              only these packages in the part units
-#            RUN='TestPod'                            only these tests of the part units
+# Variables: PARTS="demo units service apparmor critest"   only some of it
+#            UNITS="pod runtime/monitor"   only these packages in the part units
+#            RUN='TestPod'  only these tests of the part units; VERBOSE=1 has them tell more
+#            NARU_CGROUP_DRIVER=systemd   for demo, critest and test/ring; the units choose by themselves
 #            VM_TIMEOUT=5400  seconds for all of it
 #            OUT=DIR          where logs of the guest go
 . "$(dirname "$0")/../lib.sh"
@@ -26,7 +27,7 @@ for tool in naru naru-monitor crictl critest ginkgo testimages junitcheck; do
 	cp "$(readlink -f "$bin/$tool")" "$stage/bin/$tool"
 done
 for set in demo bench critest; do
-	case $set-$parts in critest-*apparmor* | demo-* | bench-*) cp -r "$(images $set)" "$stage/images/$set" ;; esac
+	case $set-$parts in critest-*apparmor* | critest-*critest* | demo-* | bench-*) cp -r "$(images $set)" "$stage/images/$set" ;; esac
 done
 
 # compile_tests builds one test program for each package that has tests. The
@@ -64,4 +65,4 @@ case " $parts " in
 esac
 say "starting the test machine ($image) for: $parts"
 VM_CACHE=$cache/vm "$top/hack/vm/runvm.sh" -i "$image" -s "$stage:naru" -t "${VM_TIMEOUT:-5400}" ${OUT:+-o "$OUT"} \
-	-- "RUN=$(printf %q "${RUN:-.}") exec bash /vm/naru/hack/vm/guest.sh $parts"
+	-- "RUN=$(printf %q "${RUN:-.}") VERBOSE=${VERBOSE:-} NARU_CGROUP_DRIVER=${NARU_CGROUP_DRIVER:-} exec bash /vm/naru/hack/vm/guest.sh $parts"

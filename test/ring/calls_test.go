@@ -147,7 +147,7 @@ func (n *Node) RemovePod(t testing.TB, id string) {
 // ExecErr is ExecSync.
 func (n *Node) ExecErr(t testing.TB, id string, cmd ...string) (*criv1.ExecSyncResponse, error) {
 	t.Helper()
-	return n.ExecTimeout(t, id, 30, cmd...)
+	return n.ExecTimeout(t, id, 30*int64(testhost.Factor()), cmd...)
 }
 
 // ExecTimeout is ExecSync with a timeout in seconds.

@@ -108,9 +108,9 @@ func podPlaceChecks() []fieldCheck {
 			want(t, "resolv.conf", n.Sh(t, id, "sort /etc/resolv.conf"), "nameserver 192.0.2.53\noptions ndots:5\nsearch a.example")
 		}},
 		{"pod cgroup", "/proc/PID/cgroup of a container", under(podLinux, "cgroup_parent"), func(t testing.TB, n *Node) {
-			parent := n.Parent + "/burstable/pod-of-fields"
+			parent := n.Below("burstable", "pod-of-fields")
 			id := n.Run(t, n.Pod(t, func(c *criv1.PodSandboxConfig) { c.Linux.CgroupParent = parent }), nil)
-			if groups := fmt.Sprint(cgroupsOf(t, n.PID(t, id))); !strings.Contains(groups, parent+"/"+id) {
+			if groups := fmt.Sprint(cgroupsOf(t, n.PID(t, id))); !strings.Contains(groups, parent+"/"+cgroupName(id)) {
 				t.Errorf("the container is in %s", groups)
 			}
 		}},

@@ -6,6 +6,10 @@
 //
 // Names of tests carry the number of the attack that they try (N-04, X-01,
 // M-13). NARU_FULL=1 runs races and loops at full length.
+//
+// NARU_CGROUP_DRIVER=systemd runs all nodes with that driver. It is for a machine
+// where nothing else runs: systemd takes the machine's PIDs only, so there is no
+// PID namespace then.
 package ring
 
 import (
@@ -39,6 +43,8 @@ import (
 
 // stageEnv tells the second run of the test binary, inside the namespaces.
 const stageEnv = "NARU_RING_INSIDE"
+
+var systemdCgroups = os.Getenv("NARU_CGROUP_DRIVER") == "systemd"
 
 // What TestMain made for all tests.
 var (
@@ -79,7 +85,7 @@ func testMain(m *testing.M) int {
 }
 
 // runInside runs this test binary again in namespaces of its own. The PID
-// namespace ends every process with it, whatever a test did.
+// namespace, where there is one, ends every process with it, whatever a test did.
 func runInside() int {
 	runtime.LockOSThread() // the child dies with this thread
 	dir, err := os.MkdirTemp("", "ring")
@@ -93,6 +99,9 @@ func runInside() int {
 	cmd.Env = append(os.Environ(), stageEnv+"="+dir)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
+	if systemdCgroups {
+		cmd.SysProcAttr.Cloneflags &^= unix.CLONE_NEWPID
+	}
 	err = cmd.Run()
 	removeCgroups(filepath.Base(dir))
 	if err == nil {
@@ -149,6 +158,9 @@ func prepareHost() error {
 	}
 	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("mount proc: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil { // orphans are this process's, as PID 1 or not
+		return fmt.Errorf("become a subreaper: %w", err)
 	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -223,8 +235,7 @@ func scaled(short, long int) int {
 	return short
 }
 
-// reapStrangers reaps orphans that came to this process, which is PID 1 of its
-// namespace. Its own children are reaped by who started them, and faster.
+// reapStrangers reaps orphans that came to this process. Its own children are reaped by who started them, and faster.
 func reapStrangers() {
 	seen := map[int]int{}
 	for ; ; time.Sleep(100 * time.Millisecond) {
@@ -242,7 +253,8 @@ func reapStrangers() {
 	}
 }
 
-// allPIDs lists the processes of this PID namespace but this one.
+// allPIDs lists the processes of this PID namespace but this one. All of them
+// are descendants of this one, unless the namespace is the machine's.
 func allPIDs() (pids []int) {
 	d, err := os.Open("/proc")
 	if err != nil {
@@ -266,6 +278,14 @@ func procState(pid int) (state byte, ppid int) {
 	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
 	ppid, _ = strconv.Atoi(f[1])
 	return f[0][0], ppid
+}
+
+// descends tells whether the process came from this one.
+func descends(pid int) bool {
+	for pid > 1 && pid != os.Getpid() {
+		_, pid = procState(pid)
+	}
+	return pid == os.Getpid()
 }
 
 // running tells whether the process exists and is no zombie.
@@ -324,7 +344,7 @@ func (s stock) leaksNow() (left []string) {
 		left = append(left, "cgroup "+c)
 	}
 	for _, pid := range allPIDs() {
-		if running(pid) {
+		if running(pid) && descends(pid) {
 			left = append(left, fmt.Sprintf("process %d: %s", pid, cmdline(pid)))
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -45,7 +46,7 @@ type Node struct {
 	LogDir   string // pods' log folders
 	Socket   string
 	Config   string // path of the configuration file
-	Parent   string // cgroup parent of pods that name none
+	Parent   string // cgroup of pods that name none
 	NftTable string
 	Links    string // prefix of host interfaces
 
@@ -98,6 +99,9 @@ func StartNode(t testing.TB, opts ...Option) *Node {
 		t: t, Dir: filepath.Join(workDir, fmt.Sprintf("n%d", i)), Parent: fmt.Sprintf("/%s-%d", runName, i),
 		NftTable: fmt.Sprintf("ring%d", i), Links: fmt.Sprintf("r%dx", i), pods: map[string]*criv1.PodSandboxConfig{}, started: time.Now(),
 	}
+	if systemdCgroups { // where a dash is another level
+		n.Parent = fmt.Sprintf("/%s_%d.slice", runName, i)
+	}
 	n.RunDir, n.Root, n.LogDir = n.Dir+"/run", n.Dir+"/root", n.Dir+"/logs"
 	n.Socket, n.Config = n.RunDir+"/naru.sock", n.Dir+"/config.toml"
 	n.opts.podCIDR = fmt.Sprintf(`["10.%d.%d.0/24", "fd85:%x::/64"]`, 100+i/200, i%200, i)
@@ -132,13 +136,41 @@ network.pod_cidr = %s
 network.nft_table = %q
 network.link_prefix = %q
 images.registry_dirs = []
-cgroup.driver = "cgroupfs"
+cgroup.driver = %q
 cgroup.default_parent = %q
 runtime.monitor = %q
-%s`, n.Root, n.RunDir, n.Socket, n.opts.podCIDR, n.NftTable, n.Links, n.Parent, monitorBin, n.opts.extra)
+%s`, n.Root, n.RunDir, n.Socket, n.opts.podCIDR, n.NftTable, n.Links, cgroupDriver(), n.Parent, monitorBin, n.opts.extra)
 	if err := os.WriteFile(n.Config, []byte(text), 0o600); err != nil {
 		n.t.Fatal(err)
 	}
+}
+
+func cgroupDriver() string {
+	if systemdCgroups {
+		return "systemd"
+	}
+	return "cgroupfs"
+}
+
+// Below is a cgroup below the node's own: of pods, or of pods' classes.
+func (n *Node) Below(parts ...string) string {
+	if !systemdCgroups {
+		return n.Parent + "/" + strings.Join(parts, "/")
+	}
+	dir, slice := n.Parent, strings.TrimSuffix(path.Base(n.Parent), ".slice")
+	for _, p := range parts {
+		slice += "-" + strings.ReplaceAll(p, "-", "_")
+		dir += "/" + slice + ".slice"
+	}
+	return dir
+}
+
+// cgroupName is what the cgroup of a container is called.
+func cgroupName(id string) string {
+	if systemdCgroups {
+		return "naru-" + id + ".scope"
+	}
+	return id
 }
 
 func (n *Node) command(log string, args ...string) *exec.Cmd {
@@ -396,6 +428,9 @@ func (n *Node) finish() {
 	for _, p := range slices.Backward(mountsBelow(n.Dir)) {
 		_ = unix.Unmount(p, unix.MNT_DETACH)
 	}
+	if systemdCgroups {
+		_ = exec.Command("systemctl", "stop", path.Base(n.Parent)).Run()
+	}
 	removeCgroups(strings.TrimPrefix(n.Parent, "/"))
 	deleteNftTable(n.NftTable)
 	if err := os.RemoveAll(n.Dir); err != nil {
@@ -484,7 +519,7 @@ func (n *Node) leftoversNow() (left []string) {
 	}
 	for _, c := range cgroupDirs(strings.TrimPrefix(n.Parent, "/")) {
 		_ = filepath.WalkDir(c, func(p string, d fs.DirEntry, err error) error {
-			if err == nil && d.IsDir() && p != c {
+			if err == nil && d.IsDir() && p != c && !classSlice(p) {
 				left = append(left, "cgroup "+p)
 			}
 			return nil
@@ -508,6 +543,10 @@ func (n *Node) leftoversNow() (left []string) {
 	}
 	return left
 }
+
+// classSlice tells whether systemd made the slice by itself, because it is above
+// another: that stays, as the kubelet's do.
+func classSlice(dir string) bool { return systemdCgroups && strings.HasSuffix(dir, "-burstable.slice") }
 
 func nftTables() (names []string) {
 	c, err := nftables.New()

@@ -105,7 +105,7 @@ func (c *churn) live(kind int) {
 		name := fmt.Sprintf("churn-%d-%d", kind, round)
 		pc := n.PodConfig()
 		pc.Metadata, pc.LogDirectory = &criv1.PodSandboxMetadata{Name: name, Uid: name, Namespace: "ring"}, n.LogDir+"/"+name
-		pc.Linux.CgroupParent = n.Parent + "/" + name
+		pc.Linux.CgroupParent = n.Below(name)
 		ns := pc.Linux.SecurityContext.NamespaceOptions
 		switch kind {
 		case 1:

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -208,7 +209,7 @@ func (n *Node) ownerlessKernel(t testing.TB, m memory, known func(string) bool, 
 	}
 	parents := map[string]bool{}
 	for _, p := range m.pods {
-		parents[p.Metadata.Name] = true
+		parents[path.Base(n.Below(p.Metadata.Name))] = true
 	}
 	for _, top := range cgroupDirs(strings.TrimPrefix(n.Parent, "/")) {
 		entries, _ := os.ReadDir(top)
@@ -221,7 +222,7 @@ func (n *Node) ownerlessKernel(t testing.TB, m memory, known func(string) bool, 
 			}
 			below, _ := os.ReadDir(filepath.Join(top, e.Name()))
 			for _, b := range below {
-				if b.IsDir() && !known(b.Name()) {
+				if b.IsDir() && !known(strings.TrimSuffix(strings.TrimPrefix(b.Name(), "naru-"), ".scope")) {
 					add("cgroup %s/%s/%s", top, e.Name(), b.Name())
 				}
 			}

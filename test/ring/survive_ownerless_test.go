@@ -22,7 +22,7 @@ import (
 func TestSurviveOwnerlessIsSeen(t *testing.T) {
 	n := StartNode(t)
 	pod := n.Pod(t, func(c *criv1.PodSandboxConfig) {
-		c.Linux.CgroupParent = n.Parent + "/" + c.Metadata.Name
+		c.Linux.CgroupParent = n.Below(c.Metadata.Name)
 		c.PortMappings = []*criv1.PortMapping{{ContainerPort: 80, HostPort: 31999}}
 		c.Linux.SecurityContext.NamespaceOptions.Pid = criv1.NamespaceMode_POD
 	})
@@ -121,7 +121,7 @@ func TestSurviveLostRecords(t *testing.T) {
 	}
 	run := func(port int32, pid criv1.NamespaceMode) made {
 		pod := n.Pod(t, func(c *criv1.PodSandboxConfig) {
-			c.Linux.CgroupParent = n.Parent + "/" + c.Metadata.Name
+			c.Linux.CgroupParent = n.Below(c.Metadata.Name)
 			c.PortMappings = []*criv1.PortMapping{{ContainerPort: 80, HostPort: port}}
 			c.Linux.SecurityContext.NamespaceOptions.Pid = pid
 		})
@@ -133,7 +133,7 @@ func TestSurviveLostRecords(t *testing.T) {
 	ofPod := run(31003, criv1.NamespaceMode_CONTAINER) // the pod's is damaged
 	ofCtr := run(31004, criv1.NamespaceMode_CONTAINER) // the container's is damaged
 	// One that never had a container: nothing but its cgroup tells of it.
-	empty := n.Pod(t, func(c *criv1.PodSandboxConfig) { c.Linux.CgroupParent = n.Parent + "/" + c.Metadata.Name })
+	empty := n.Pod(t, func(c *criv1.PodSandboxConfig) { c.Linux.CgroupParent = n.Below(c.Metadata.Name) })
 	record := func(kind, id string) string { return n.Root + "/state/" + kind + "/" + id + ".json" }
 	n.KillDaemon()
 	for _, p := range []string{record("pods", both.pod), record("containers", both.id), record("pods", empty)} {
