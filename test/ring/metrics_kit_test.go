@@ -128,16 +128,20 @@ func (k *kernel) memory(v1, v2 string) float64 {
 	return k.line("memory", "memory.stat", v1, "memory.stat", v2)
 }
 
-// pressure is a total of a pressure file, in seconds.
-func (k *kernel) pressure(what, kind string) float64 {
+// pressure is one number of a pressure file: total is in microseconds, an
+// average in percent.
+func (k *kernel) pressure(what, kind, key string) float64 {
 	b, err := os.ReadFile(k.path("unified", "", what+".pressure"))
 	if err != nil {
 		return math.NaN()
 	}
 	for l := range strings.Lines(string(b)) {
-		if strings.HasPrefix(l, kind+" ") {
-			_, total, _ := strings.Cut(strings.TrimSpace(l), "total=")
-			return limitOf(total) / 1e6
+		if f := strings.Fields(l); f[0] == kind {
+			for _, w := range f[1:] {
+				if v, ok := strings.CutPrefix(w, key+"="); ok {
+					return limitOf(v)
+				}
+			}
 		}
 	}
 	return math.NaN()

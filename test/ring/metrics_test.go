@@ -33,7 +33,7 @@ func figures() []figure {
 		return func(k *kernel) float64 { return k.number("hugetlb", "hugetlb.2MB."+v1, "hugetlb.2MB."+v2) }
 	}
 	psi := func(what, kind string) func(*kernel) float64 {
-		return func(k *kernel) float64 { return k.pressure(what, kind) }
+		return func(k *kernel) float64 { return k.stalled(what, kind) }
 	}
 	io := func(file, operation, v2 string) func(*kernel) float64 {
 		return func(k *kernel) float64 { return k.io("blkio.throttle."+file+"_recursive", operation, v2) }
@@ -145,6 +145,9 @@ func (k *kernel) quota(v1 string, column int) float64 {
 	return limitOf(strings.Fields(string(b))[column])
 }
 
+// stalled is how long a pressure has lasted in all, in seconds.
+func (k *kernel) stalled(what, kind string) float64 { return k.pressure(what, kind, "total") / 1e6 }
+
 func throttled(k *kernel) float64 {
 	return k.per(1e9, 1e6, k.line("cpu", "cpu.stat", "throttled_time", "cpu.stat", "throttled_usec"))
 }
@@ -206,13 +209,15 @@ func (f figure) agrees(got, before, after float64) bool {
 	return got >= lo*0.99 && got <= hi*1.01
 }
 
-// TestMetrics: every metric moves under a load made for it, and is what the
-// kernel says.
+// TestMetrics: every metric, and every field of the stats, moves under a load
+// made for it, and is what the kernel says.
 func TestMetrics(t *testing.T) {
 	n := StartNode(t)
-	pod := n.Pod(t, func(c *criv1.PodSandboxConfig) { c.Metadata.Name = "measured" })
+	pod := n.Pod(t, func(c *criv1.PodSandboxConfig) {
+		c.Metadata.Name, c.Linux.CgroupParent = "measured", n.Below("measured")
+	})
 	ctl := n.HostDir(t)
-	res := &criv1.LinuxContainerResources{CpuShares: 512, CpuQuota: 50000, CpuPeriod: 100000, MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: 80 << 20}
+	res := &criv1.LinuxContainerResources{CpuShares: 512, CpuQuota: 25000, CpuPeriod: 100000, MemoryLimitInBytes: 64 << 20, MemorySwapLimitInBytes: 80 << 20}
 	if hugePages() > 0 {
 		res.HugepageLimits = []*criv1.HugepageLimit{{PageSize: "2MB", Limit: 4 << 20}}
 	}
@@ -232,14 +237,14 @@ func TestMetrics(t *testing.T) {
 		keys[d.Name] = d.LabelKeys
 	}
 	eventually(t, 10*time.Second, "the file", func() bool { return k.written() >= 8<<20 })
-	first := n.metricsOf(t, pod)
+	first, watch := n.metricsOf(t, pod), n.watchStats(t, pod, id, k)
 	if !k.v2 { // since Linux 6.10 version 1 counts for disks with a limit only
 		path := k.path("blkio", "blkio.throttle.write_bps_device", "")
 		if err := os.WriteFile(path, []byte(number+" 4000000000"), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	n.load(t, pod, id, ctl, k)
+	n.load(t, pod, id, ctl, k, watch)
 	time.Sleep(2500 * time.Millisecond) // the kernel sums up its statistics every two seconds
 	eventually(t, 70*time.Second, "the usage of the disk, which is counted rarely", func() bool {
 		got, ok := figure{name: "container_fs_usage_bytes"}.valueOf(keys, n.metricsOf(t, pod))
@@ -284,11 +289,12 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	n.checkStream(t)
+	watch.check(t)
 }
 
 // load makes everything move that figures asks for, and leaves the container
 // holding what it holds.
-func (n *Node) load(t *testing.T, pod, id, ctl string, k *kernel) {
+func (n *Node) load(t *testing.T, pod, id, ctl string, k *kernel, watch *statsWatch) {
 	t.Helper()
 	until := func(what string, of func(k *kernel) float64, script string) {
 		t.Helper()
@@ -302,18 +308,29 @@ func (n *Node) load(t *testing.T, pod, id, ctl string, k *kernel) {
 	until("user time", userTime, busy)
 	until("time of the kernel", systemTime, "timeout 1 dd if=/dev/zero of=/dev/null bs=64; true")
 	until("waits for the processor's quota", throttled, busy)
-	until("waits for the processor", func(k *kernel) float64 { return k.pressure("cpu", "some") }, busy)
-	until("halts for the processor", func(k *kernel) float64 { return k.pressure("cpu", "full") }, busy)
+	until("waits for the processor", func(k *kernel) float64 { return k.stalled("cpu", "some") }, busy)
+	until("halts for the processor", func(k *kernel) float64 { return k.stalled("cpu", "full") }, busy)
+	done := make(chan error, 1)
+	go func() {
+		_, err := n.ExecTimeout(t, id, 0, "/bin/sh", "-c", "while [ ! -e /idle ]; do :; done; rm /idle")
+		done <- err
+	}()
+	watch.checkRates(t)
+	n.Sh(t, id, ": >/idle")
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
 	// More memory than is allowed, of a process: it is ended; of files: they are dropped.
 	n.Sh(t, id, "dd if=/dev/zero of=/dev/null bs=90M count=1; true")
 	n.Sh(t, id, "blkdiscard -o 0 -l 1048576 /dev/disk")
 	direct := "timeout 1 dd if=/dev/zero of=/dev/disk bs=4k oflag=direct conv=notrunc 2>/dev/null; timeout 1 dd if=/dev/disk of=/dev/null bs=4k iflag=direct 2>/dev/null; true"
-	until("waits for the disk", func(k *kernel) float64 { return k.pressure("io", "some") }, direct)
-	until("halts for the disk", func(k *kernel) float64 { return k.pressure("io", "full") }, direct)
+	until("waits for the disk", func(k *kernel) float64 { return k.stalled("io", "some") }, direct)
+	until("halts for the disk", func(k *kernel) float64 { return k.stalled("io", "full") }, direct)
 	thrash := "[ -e /big ] || dd if=/dev/zero of=/big bs=1M count=90 2>/dev/null; for i in 1 2 3 4; do cat /big >/dev/null; done; dd if=/dev/zero of=/big bs=1M count=90 conv=notrunc 2>/dev/null"
-	until("waits for memory", func(k *kernel) float64 { return k.pressure("memory", "some") }, thrash)
-	until("halts for memory", func(k *kernel) float64 { return k.pressure("memory", "full") }, thrash)
-	n.Sh(t, id, "rm -f /big; for i in $(seq 200); do : >/file$i; done; sync")
+	until("waits for memory", func(k *kernel) float64 { return k.stalled("memory", "some") }, thrash)
+	until("halts for memory", func(k *kernel) float64 { return k.stalled("memory", "full") }, thrash)
+	watch.look(t) // averages of the pressure go down again
+	n.Sh(t, id, "rm -f /big; for i in $(seq 200); do echo x >/file$i; done; sync")
 	n.traffic(t, pod, id, k.host)
 	n.changeLimits(t, id, k)
 	if err := os.WriteFile(ctl+"/hold", nil, 0o644); err != nil {
