@@ -57,6 +57,9 @@ type Pods interface {
 
 	Operations() []pod.Operation
 	NetworkStatus() (ready bool, reason, message string)
+	// NetworkInfo is what a verbose Status shows of the network. Text stays as
+	// it is, all else becomes JSON.
+	NetworkInfo() map[string]any
 	SetPodCIDRs(ctx context.Context, cidrs []netip.Prefix) error
 	// Info is what verbose Status calls show of a pod or container, as JSON
 	// values: pid, runtimeSpec, netns path, config, …

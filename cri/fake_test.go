@@ -287,6 +287,10 @@ func (f *fakePods) Operations() []pod.Operation {
 	return []pod.Operation{{ID: "x", Kind: "RunPodSandbox", Step: "make network"}}
 }
 
+func (f *fakePods) NetworkInfo() map[string]any {
+	return map[string]any{"cniconfig": map[string]any{"PluginConfDir": "/c"}, "lastCNILoadStatus": "OK"}
+}
+
 func (f *fakePods) NetworkStatus() (bool, string, string) {
 	return f.notReady == "", f.notReady, ""
 }

@@ -2,6 +2,7 @@ package cri
 
 import (
 	"context"
+	"maps"
 	goruntime "runtime"
 	"strings"
 	"time"
@@ -63,5 +64,15 @@ func (s *Server) statusInfo(ctx context.Context) map[string]string {
 	if s.cfg.Verbose != nil {
 		values["config"] = s.cfg.Verbose()
 	}
-	return info(ctx, values)
+	texts := map[string]string{}
+	for key, value := range s.pods.NetworkInfo() {
+		if text, ok := value.(string); ok {
+			texts[key] = text // lastCNILoadStatus: tools compare it with OK
+		} else {
+			values[key] = value
+		}
+	}
+	out := info(ctx, values)
+	maps.Copy(out, texts)
+	return out
 }

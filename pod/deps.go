@@ -74,6 +74,8 @@ type Sandboxes interface {
 	Stats(ctx context.Context, h *sandbox.Handle) ([]sandbox.Interface, error)
 	// NetworkStatus is answered from memory.
 	NetworkStatus() sandbox.NetworkStatus
+	// NetworkInfo is what a verbose status shows of the network, from memory.
+	NetworkInfo() map[string]any
 	// SetPodCIDRs takes the ranges kubelet told (UpdateRuntimeConfig).
 	SetPodCIDRs(ctx context.Context, cidrs []netip.Prefix) error
 	// PortForward connects conn-like streams to a port inside the sandbox.

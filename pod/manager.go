@@ -283,6 +283,9 @@ func (m *Manager) NetworkStatus() (ready bool, reason, message string) {
 	return s.Ready, s.Reason, s.Message
 }
 
+// NetworkInfo is what a verbose status shows of the network.
+func (m *Manager) NetworkInfo() map[string]any { return m.deps.Sandboxes.NetworkInfo() }
+
 // SetPodCIDRs takes the address ranges that kubelet was given for this node.
 func (m *Manager) SetPodCIDRs(ctx context.Context, cidrs []netip.Prefix) error {
 	return m.deps.Sandboxes.SetPodCIDRs(ctx, cidrs)

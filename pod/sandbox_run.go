@@ -147,7 +147,8 @@ func sandboxSpec(id string, c *SandboxConfig) sandbox.Spec {
 		uts = sandbox.ModeNode
 	}
 	return sandbox.Spec{
-		ID: id, Name: podName(c), Hostname: c.Hostname,
+		ID: id, Name: podName(c), Hostname: c.Hostname, Handler: c.Handler, Annotations: c.Annotations,
+		Pod:     sandbox.PodName{Namespace: c.Metadata.Namespace, Name: c.Metadata.Name, UID: c.Metadata.UID},
 		Network: c.Network, IPC: c.IPC, UTS: uts, SharePID: c.PID == runtime.PIDPod,
 		UIDMap: c.UIDMap, GIDMap: c.GIDMap, DNS: c.DNS, Ports: c.Ports, Sysctls: c.Sysctls,
 	}

@@ -26,6 +26,9 @@ func (m *Manager) Adopt(ctx context.Context, s Spec, h *Handle) (alive bool, err
 	if s.Network == ModeNode {
 		return alive, nil
 	}
+	if h.CNI != nil {
+		return m.adoptCNI(&s, h, alive)
+	}
 	if err := m.ips.Adopt(h.ID, h.IPs); err != nil {
 		return false, err
 	}

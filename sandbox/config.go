@@ -5,14 +5,25 @@ import (
 	"net/netip"
 	"path/filepath"
 	"regexp"
+	"time"
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/namespaces"
+	"github.com/naru-project/naru/sandbox/cni"
 	"github.com/naru-project/naru/sandbox/ipam"
 )
 
 // AutoCIDR as the only pod CIDR means: whatever UpdateRuntimeConfig tells.
 const AutoCIDR = "auto"
+
+// What makes the network of new pods.
+const (
+	// PluginAuto is CNI from when its first configuration appears, the built-in
+	// network until then.
+	PluginAuto    = "auto"
+	PluginBuiltin = "builtin"
+	PluginCNI     = "cni"
+)
 
 // Config of a Manager. Start from DefaultConfig.
 type Config struct {
@@ -21,6 +32,10 @@ type Config struct {
 	RunDir string
 	// StateFile keeps pod CIDRs told by UpdateRuntimeConfig over restarts.
 	StateFile string
+	// Plugin is one of the Plugin constants.
+	Plugin string
+	// CNI says where configurations and plugins are, and how long they may take.
+	CNI cni.Config
 	// PodCIDRs are IPv4 or IPv6 ranges, primary family first, or AutoCIDR alone.
 	PodCIDRs []string
 	// HostPorts maps ports of the node; without, mappings are ignored.
@@ -60,7 +75,12 @@ type Live struct {
 // DefaultConfig is what an installation without configuration uses.
 func DefaultConfig() Config {
 	return Config{
-		RunDir:     "/run/naru",
+		RunDir: "/run/naru",
+		Plugin: PluginAuto,
+		CNI: cni.Config{
+			ConfDir: "/etc/cni/net.d", BinDirs: []string{"/opt/cni/bin", "/usr/lib/cni"}, StateDir: "/var/lib/naru/cni",
+			Timeout: time.Minute, StatusTimeout: 5 * time.Second, StatusEvery: 10 * time.Second, GCAfter: 10 * time.Second,
+		},
 		StateFile:  "/var/lib/naru/network.json",
 		PodCIDRs:   []string{AutoCIDR},
 		HostPorts:  true,
@@ -84,6 +104,7 @@ type NamespaceMaker interface {
 // Deps are what a Manager needs of others.
 type Deps struct {
 	Namespaces NamespaceMaker // may be nil: then pods with user or shared PID namespace are refused
+	Programs   cni.Runner     // may be nil: then CNI plugins cannot be run
 }
 
 var (
@@ -116,6 +137,12 @@ func (c *Config) check() (p parsed, err error) {
 		return bad("nftables table %q is no plain name", c.Table)
 	case !linkPrefix.MatchString(c.LinkPrefix):
 		return bad("link prefix %q must be 1 to 6 letters and digits", c.LinkPrefix)
+	case c.Plugin != PluginAuto && c.Plugin != PluginBuiltin && c.Plugin != PluginCNI:
+		return bad("network plugin %.40q is none of %s, %s, %s", c.Plugin, PluginAuto, PluginBuiltin, PluginCNI)
+	case !filepath.IsAbs(c.CNI.StateDir):
+		return bad("folder of CNI's state %q is not absolute", c.CNI.StateDir)
+	case c.CNI.Timeout <= 0 || c.CNI.StatusTimeout <= 0 || c.CNI.StatusEvery <= 0:
+		return bad("the times of CNI plugins must be positive")
 	case c.LinkGroup == 0:
 		return bad("link group 0 is the group of all links")
 	case c.PoolSize < 0 || c.PoolSize > 64:

@@ -15,6 +15,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/undo"
+	"github.com/naru-project/naru/sandbox/cni"
 	"github.com/naru-project/naru/sandbox/etcfiles"
 	"github.com/naru-project/naru/sandbox/firewall"
 	"github.com/naru-project/naru/sandbox/hostport"
@@ -38,6 +39,8 @@ type creation struct {
 	h    *Handle
 	ns   *opened
 	undo undo.List
+
+	network *cni.Network // nil = the built-in one
 }
 
 // Create makes the whole place of a pod, or nothing of it. step is called with
@@ -55,6 +58,7 @@ func (m *Manager) Create(ctx context.Context, s Spec, step func(string)) (*Handl
 		do   func(context.Context) error
 	}{
 		{"check sandbox", c.check},
+		{"choose network", c.chooseNetwork},
 		{"reserve folder", c.reserve},
 		{"claim host ports", c.claimPorts},
 		{"lease addresses", c.leaseAddresses},
@@ -151,7 +155,7 @@ func (c *creation) reserve(context.Context) error {
 		}
 		return errs.New(errs.Internal, "%w", err)
 	}
-	c.undo.Add("pinned namespaces", func(context.Context) error { return c.m.unpin(c.spec.ID) })
+	c.undo.Add("pinned namespaces", func(context.Context) error { return c.m.unpinFree(c.spec.ID) })
 	return nil
 }
 
@@ -245,10 +249,10 @@ func (c *creation) claimPorts(context.Context) error {
 }
 
 func (c *creation) leaseAddresses(ctx context.Context) error {
-	if c.spec.Network == ModeNode {
+	if c.spec.Network == ModeNode || c.network != nil {
 		return nil
 	}
-	if c.m.NetworkStatus().Reason == reasonFailed {
+	if c.m.builtin().Reason == reasonFailed {
 		if err := c.m.setUpNetwork(ctx); err != nil {
 			return err
 		}
@@ -339,6 +343,9 @@ func (c *creation) publish(context.Context) error {
 		return nil
 	}
 	c.h.Ports = slices.Clone(c.spec.Ports)
+	if c.network != nil {
+		return nil // a plugin did it
+	}
 	c.undo.Add("published host ports", func(context.Context) error { return c.m.fw.Withdraw(c.spec.ID) })
 	if err := c.m.fw.Publish(c.spec.ID, c.h.IPs, rules); err != nil {
 		return err

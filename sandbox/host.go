@@ -63,7 +63,7 @@ func (m *Manager) learnHost() error {
 // warnOverlap tells of a pod CIDR that holds an address of the host: pods and
 // the host could not tell each other apart.
 func (m *Manager) warnOverlap(ctx context.Context) {
-	for _, p := range m.ips.CIDRs() {
+	for _, p := range m.ranges() {
 		for _, a := range m.facts.Load().local {
 			if p.Contains(a) {
 				klog.FromContext(ctx).Error(nil, "A pod CIDR holds an address of this host: give the node another range", "cidr", p, "address", a)
@@ -88,7 +88,7 @@ func (m *Manager) hostFacts() (*hostFacts, error) {
 // accept_ra of links that listened to them (ip-sysctl: 2 = also when
 // forwarding).
 func (m *Manager) prepareHost(ctx context.Context) error {
-	cidrs := m.ips.CIDRs()
+	cidrs := m.ranges()
 	if slices.ContainsFunc(cidrs, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
 		if err := m.enable("net/ipv4/ip_forward"); err != nil {
 			return err

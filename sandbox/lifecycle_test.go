@@ -25,7 +25,7 @@ import (
 )
 
 var allSteps = []string{
-	"check sandbox", "reserve folder", "claim host ports", "lease addresses", "make namespaces", "connect network",
+	"check sandbox", "choose network", "reserve folder", "claim host ports", "lease addresses", "make namespaces", "connect network",
 	"set sysctls", "write etc files", "mount shm", "publish host ports",
 }
 

@@ -265,6 +265,8 @@ func testConfig(t testing.TB) Config {
 	cfg.StateFile = filepath.Join(dir, "lib", "network.json")
 	cfg.PodCIDRs = []string{"10.77.0.0/24", "fd77::/112"}
 	cfg.PoolSize = 0
+	cfg.CNI.ConfDir = filepath.Join(dir, "net.d")
+	cfg.CNI.StateDir = filepath.Join(dir, "lib", "cni")
 	cfg.HostEtc = filepath.Join(dir, "etc")
 	cfg.HostResolv = filepath.Join(dir, "resolv.conf")
 	if err := os.Mkdir(cfg.HostEtc, 0o755); err != nil {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/sys"
+	"github.com/naru-project/naru/sandbox/cni"
 	"github.com/naru-project/naru/sandbox/firewall"
 	"github.com/naru-project/naru/sandbox/hostport"
 	"github.com/naru-project/naru/sandbox/ipam"
@@ -36,6 +37,8 @@ type Manager struct {
 	proc  *os.File // a procfs of our own
 	ipv6  bool     // the kernel has IPv6
 	pool  *pool
+	cni   *cni.Manager
+	byCNI atomic.Bool // new pods get their network by CNI
 
 	status atomic.Pointer[NetworkStatus]
 	facts  atomic.Pointer[hostFacts]
@@ -97,6 +100,10 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 	m.live.Store(&cfg.Live)
 	m.cfg.Live = Live{} // read by m.live alone
 	m.pool = newPool(m, cfg.PoolSize)
+	if cfg.Plugin == PluginBuiltin {
+		cfg.CNI.ConfDir = ""
+	}
+	m.cni = cni.New(cfg.CNI, deps.Programs, m.networkChanged)
 	if err := m.ips.SetCIDRs(p.cidrs); err != nil {
 		return nil, err
 	}
@@ -129,6 +136,9 @@ func (m *Manager) Start(ctx context.Context) (err error) {
 	if m.auto {
 		m.restoreCIDRs(ctx)
 	}
+	if err := m.openCNI(); err != nil {
+		return err
+	}
 	if err := m.setUpNetwork(ctx); err != nil {
 		klog.FromContext(ctx).Error(err, "Set up the network of the host; trying again")
 	}
@@ -137,6 +147,7 @@ func (m *Manager) Start(ctx context.Context) (err error) {
 	m.wg.Go(func() { m.watchFirewall(run) })
 	m.wg.Go(func() { m.keepHouse(run) })
 	m.wg.Go(func() { m.pool.run(run) })
+	m.wg.Go(func() { m.cni.Run(run) })
 	return nil
 }
 
@@ -183,8 +194,8 @@ func privateDir(path string, mode os.FileMode) error {
 	return nil
 }
 
-// NetworkStatus says whether pods with a network of their own can be started.
-func (m *Manager) NetworkStatus() NetworkStatus { return *m.status.Load() }
+// builtin is the status of the built-in network.
+func (m *Manager) builtin() NetworkStatus { return *m.status.Load() }
 
 func (m *Manager) setStatus(s NetworkStatus) { m.status.Store(&s) }
 
@@ -212,17 +223,26 @@ func (m *Manager) SetPodCIDRs(ctx context.Context, cidrs []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	if same && m.NetworkStatus().Ready {
+	if same && m.builtin().Ready {
 		return nil
 	}
 	log.Info("Pod CIDRs changed", "cidrs", cidrs)
 	return m.setUpNetwork(ctx)
 }
 
-// sources are all addresses that pods can have.
+// ranges are those that new pods of the built-in network get addresses of: none
+// when there will be no such pods.
+func (m *Manager) ranges() []netip.Prefix {
+	if m.byCNI.Load() {
+		return nil
+	}
+	return m.ips.CIDRs()
+}
+
+// sources are all addresses that pods of the built-in network can have.
 func (m *Manager) sources() []netip.Prefix {
-	out := m.ips.CIDRs()
-	for _, ip := range m.ips.Strays() {
+	out := m.ranges()
+	for _, ip := range m.ips.Outside(out) {
 		out = append(out, netip.PrefixFrom(ip, ip.BitLen()))
 	}
 	return out
@@ -280,7 +300,7 @@ func (m *Manager) keepHouse(ctx context.Context) {
 	log := klog.FromContext(ctx)
 	last := time.Now()
 	for pause(ctx, retryEvery) {
-		if m.NetworkStatus().Reason == reasonFailed {
+		if m.builtin().Reason == reasonFailed {
 			if err := m.setUpNetwork(ctx); err != nil {
 				log.V(2).Info("Network set-up still fails", "err", err)
 			}

@@ -41,7 +41,10 @@ func macs(link string) (host, pod [6]byte) {
 }
 
 // connect makes the pod's network, unless it came from the pool.
-func (c *creation) connect(context.Context) error {
+func (c *creation) connect(ctx context.Context) error {
+	if c.network != nil {
+		return c.attach(ctx)
+	}
 	if c.spec.Network == ModeNode || c.h.HostLink != "" {
 		return nil
 	}

@@ -63,7 +63,7 @@ func (p *pool) run(ctx context.Context) {
 		return
 	}
 	for ctx.Err() == nil {
-		if p.m.NetworkStatus().Ready && p.missing() {
+		if !p.m.byCNI.Load() && p.m.builtin().Ready && p.missing() {
 			for try := 0; try < refillTries && p.m.busy() && pause(ctx, refillAfter); try++ {
 			}
 			if ctx.Err() != nil {
@@ -167,7 +167,7 @@ func (p *pool) discard(e *prepared) error {
 	return err
 }
 
-// drain discards all. The pool is not filled any more then.
+// drain discards all that are ready.
 func (p *pool) drain() error {
 	p.mu.Lock()
 	all := p.ready
@@ -185,7 +185,7 @@ func (p *pool) drain() error {
 func (c *creation) takePrepared() (ok bool, err error) {
 	m, s := c.m, &c.spec
 	net, ipc, uts, user := s.wanted()
-	if !net || !ipc || !uts || user || s.SharePID {
+	if !net || !ipc || !uts || user || s.SharePID || c.network != nil {
 		return false, nil
 	}
 	e := m.pool.take()

@@ -24,11 +24,12 @@ func (m *Manager) Release(ctx context.Context, id string, h *Handle) error {
 	if h != nil && h.ID != "" && h.ID != id {
 		return errs.New(errs.InvalidArgument, "handle of sandbox %.80q given for sandbox %s", h.ID, id)
 	}
-	strays := len(m.ips.Strays())
+	strays := len(m.ips.Outside(m.ranges()))
 	all := []error{
+		m.detach(ctx, id),
 		m.withdraw(id, h),
 		m.disconnect(id, h),
-		m.unpin(id),
+		m.unpinFree(id),
 		m.removeFiles(id),
 	}
 	if h == nil || h.Namespaces.User != "" || h.Namespaces.PID != "" {
@@ -36,7 +37,7 @@ func (m *Manager) Release(ctx context.Context, id string, h *Handle) error {
 	}
 	m.ips.Release(id)
 	m.ports.Release(id)
-	if strays > 0 && len(m.ips.Strays()) != strays {
+	if strays > 0 && len(m.ips.Outside(m.ranges())) != strays {
 		all = append(all, m.fw.SetSources(m.sources()))
 	}
 	if err := errors.Join(all...); err != nil {
@@ -52,7 +53,7 @@ func (m *Manager) withdraw(id string, h *Handle) error {
 	if known {
 		all = append(all, m.fw.Withdraw(id))
 	}
-	if h == nil || len(h.Ports) == 0 || h.BootID != m.boot {
+	if h == nil || len(h.Ports) == 0 || h.BootID != m.boot || h.CNI != nil {
 		return errors.Join(all...)
 	}
 	_, rules := m.mapped(h.Ports)
@@ -76,7 +77,7 @@ func (m *Manager) doom(l rtnl.Link) {
 }
 
 // Sweep removes what belongs to no known sandbox: pins, folders, links, leases,
-// ports, elements of nftables. What is being created meanwhile, and what other
+// ports, elements of nftables, attachments to CNI networks. What is being created meanwhile, and what other
 // owners have, stays. known must hold whatever was created before the call.
 func (m *Manager) Sweep(ctx context.Context, known map[string]bool) error {
 	m.mu.Lock()
@@ -100,6 +101,7 @@ func (m *Manager) Sweep(ctx context.Context, known map[string]bool) error {
 		all = append(all, m.unpin(id), m.removeFiles(id)) // from a pool of before, or not ours in a folder of ours
 	}
 	all = append(all, m.sweepLinks(known))
+	m.cni.GCSoon()
 	rebuilt, err := m.fw.Reconcile()
 	if rebuilt {
 		log.Info("Made the nftables table anew: it was not what it should be", "table", m.cfg.Table)
@@ -124,7 +126,7 @@ func (m *Manager) strangers(known map[string]bool) (ids map[string]bool, all []e
 			add(n.Name())
 		}
 	}
-	for _, id := range slices.Concat(m.ips.IDs(), m.ports.IDs(), m.fw.Known()) {
+	for _, id := range slices.Concat(m.ips.IDs(), m.ports.IDs(), m.fw.Known(), m.cni.Pods()) {
 		add(id)
 	}
 	return ids, all

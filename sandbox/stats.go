@@ -19,11 +19,15 @@ type statsCache struct {
 	links map[string]rtnl.Link // +checklocks:mu
 }
 
-// Stats returns the traffic of a sandbox's interfaces. The counters are those
-// of the host end of the veth pair, mirrored: what it sent the pod received.
-// No namespace is entered. Pods of the host's network have none.
+// Stats returns the traffic of a sandbox's interfaces. In the built-in network
+// the counters are those of the host end of the veth pair, mirrored: what it
+// sent the pod received, and no namespace is entered. What CNI plugins made is
+// looked at in the pod. Pods of the host's network have none.
 func (m *Manager) Stats(_ context.Context, h *Handle) ([]Interface, error) {
-	if h == nil || h.HostLink == "" {
+	switch {
+	case h != nil && h.CNI != nil:
+		return m.cniStats(h)
+	case h == nil || h.HostLink == "":
 		return nil, nil
 	}
 	l, at, ok, err := m.stats.get(h.HostLink)

@@ -1,12 +1,12 @@
 // Package sandbox is a pod's place on the host: its pinned namespaces, its
-// network (built-in routed: veth, addresses, routes, masquerade, host ports),
-// its hostname, hosts, resolv.conf and /dev/shm.
+// network (built-in routed: veth, addresses, routes, masquerade, host ports; or
+// by CNI plugins, see package cni), its hostname, hosts, resolv.conf and /dev/shm.
 //
 // It must not know about pods as records or about CRI: it is told a Spec and
 // answers with a Handle. The leases of its address allocator are the Handles
 // that the pod manager keeps in its records; nothing is stored here.
 //
-// What a pod can reach, and who reaches it: pods reach each other, the host and
+// What a pod of the built-in network can reach, and who reaches it: pods reach each other, the host and
 // the world; there is no NetworkPolicy here, and no route to other nodes' pods:
 // those are what a CNI plugin brings. A pod reaches sockets of the host that
 // listen on an address of the host or on all of them, by the gateway's address
@@ -72,6 +72,8 @@ type DNS struct {
 type Spec struct {
 	ID       string             `json:"id"`
 	Name     string             `json:"name"` // namespace/name, for messages
+	Pod      PodName            `json:"pod"`
+	Handler  string             `json:"handler,omitempty"`
 	Hostname string             `json:"hostname,omitempty"`
 	Network  NamespaceMode      `json:"network"`
 	IPC      NamespaceMode      `json:"ipc"`
@@ -83,6 +85,15 @@ type Spec struct {
 	Ports    []PortMapping      `json:"ports,omitempty"`
 	Sysctls  map[string]string  `json:"sysctls,omitempty"`
 	ShmSize  int64              `json:"shm_size,omitempty"` // bytes; 0 = 64 MiB
+	// Annotations of the pod; those of its bandwidth count, with CNI.
+	Annotations map[string]string `json:"annotations,omitempty"`
+}
+
+// PodName is the pod's name in Kubernetes, which CNI plugins are told.
+type PodName struct {
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	UID       string `json:"uid,omitempty"`
 }
 
 // Handle is a sandbox that exists on the host. It is plain data that the pod
@@ -92,11 +103,19 @@ type Handle struct {
 	ID         string            `json:"id"`
 	Namespaces namespaces.Paths  `json:"namespaces"`          // pinned paths
 	IPs        []netip.Addr      `json:"ips,omitempty"`       // primary first; none for host network
-	HostLink   string            `json:"host_link,omitempty"` // name of the host end of the veth pair
+	HostLink   string            `json:"host_link,omitempty"` // name of the host end of the veth pair; built-in network only
+	CNI        *Attached         `json:"cni,omitempty"`       // the network was made by CNI plugins
 	Ports      []PortMapping     `json:"ports,omitempty"`
 	EtcFiles   map[string]string `json:"etc_files"`     // container path → host file: /etc/hosts, /etc/hostname, /etc/resolv.conf
 	Shm        string            `json:"shm,omitempty"` // host folder of the pod's /dev/shm ("/dev/shm" for host IPC)
 	BootID     string            `json:"boot_id"`       // kernel boot the namespaces belong to
+}
+
+// Attached says which CNI network a pod is in.
+type Attached struct {
+	Network    string   `json:"network"`
+	File       string   `json:"file"`                 // that its configuration came from
+	Interfaces []string `json:"interfaces,omitempty"` // in the pod
 }
 
 // Interface is the traffic of one interface of a sandbox.

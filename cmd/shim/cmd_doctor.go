@@ -3,6 +3,9 @@ package main
 import (
 	"fmt"
 	"io"
+	"maps"
+	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -45,8 +48,13 @@ root to see everything. The exit code is 1 when something FAILs.`,
 }
 
 func doctorConfig(cfg *config.Config) doctor.Config {
+	dirs := []string{cfg.Network.CNI.ConfDir}
+	for _, name := range slices.Sorted(maps.Keys(cfg.Network.CNI.HandlerConfDirs)) {
+		dirs = append(dirs, cfg.Network.CNI.HandlerConfDirs[name])
+	}
 	return doctor.Config{
 		Root: cfg.Root, Run: cfg.Run, Socket: cfg.Socket, CgroupDriver: cfg.Cgroup.Driver, Table: cfg.Network.Table,
+		Plugin: cfg.Network.Plugin, CNIDirs: dirs, CNIBinDirs: cfg.Network.CNI.BinDirs, CNIState: filepath.Join(cfg.Root, "cni"),
 		UserNS:  cfg.Runtime.UserNamespaces,
 		Monitor: func() (string, error) { return monitorBinary(cfg.Runtime.Monitor) },
 		Holder:  []string{"/proc/self/exe", "hold"},

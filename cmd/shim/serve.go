@@ -226,7 +226,10 @@ func (d *daemon) openSandboxes(ctx context.Context) (err error) {
 	c.RunDir, c.StateFile = d.cfg.Run, filepath.Join(d.cfg.Root, "network.json")
 	c.PodCIDRs, c.HostPorts, c.Live = n.PodCIDR, n.HostPorts, liveOf(d.cfg).network
 	c.Table, c.LinkPrefix, c.PoolSize = n.Table, n.LinkPrefix, n.Pool
-	if d.sandbox, err = sandbox.New(c, sandbox.Deps{Namespaces: native.Maker{X: d.exec}}); err != nil {
+	c.Plugin = n.Plugin
+	c.CNI.ConfDir, c.CNI.BinDirs, c.CNI.StateDir, c.CNI.HandlerDirs = n.CNI.ConfDir, n.CNI.BinDirs, filepath.Join(d.cfg.Root, "cni"), n.CNI.HandlerConfDirs
+	c.CNI.Timeout, c.CNI.StatusTimeout, c.CNI.StatusEvery = n.CNI.Timeout.D(), n.CNI.StatusTimeout.D(), n.CNI.StatusInterval.D()
+	if d.sandbox, err = sandbox.New(c, sandbox.Deps{Namespaces: native.Maker{X: d.exec}, Programs: d.exec}); err != nil {
 		return err
 	}
 	if err := d.sandbox.Start(ctx); err != nil {

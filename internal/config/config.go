@@ -74,8 +74,9 @@ type Log struct {
 	Verbosity int `toml:"verbosity" reload:"live" comment:"klog verbosity: 0 says what matters, 2 each change, 4 each request."`
 }
 
-// Network of pods: the built-in one.
+// Network of pods.
 type Network struct {
+	Plugin            string   `toml:"plugin" reload:"restart" comment:"What makes the network of new pods: \"builtin\"; \"cni\", which waits until there is a CNI configuration; or \"auto\": builtin until the first CNI configuration appears, from then on cni, also after it is gone (back: set \"builtin\"). Pods that exist keep what they have. The keys from pod_cidr to pool are of the built-in network; CNI plugins that ask for them get pod_cidr (ipRanges) and host ports (portMappings)."`
 	PodCIDR           []string `toml:"pod_cidr" reload:"restart" comment:"Ranges for pod addresses, IPv4 and IPv6, the primary family first. [\"auto\"] waits until kubelet tells them (UpdateRuntimeConfig); until then the network is not ready."`
 	MTU               int      `toml:"mtu" reload:"live" comment:"MTU of pods' interfaces; 0 = that of the interface with the default route."`
 	NonMasquerade     []string `toml:"non_masquerade" reload:"live" comment:"Destinations that see pods' own addresses: put the cluster's whole pod range here. This node's own range always is one."`
@@ -85,6 +86,18 @@ type Network struct {
 	Table             string   `toml:"nft_table" reload:"restart" comment:"Name of the nftables table (family inet) that Naru owns."`
 	LinkPrefix        string   `toml:"link_prefix" reload:"restart" comment:"Beginning of the names of pods' host interfaces; two daemons on one host need different ones."`
 	Pool              int      `toml:"pool" reload:"restart" comment:"How many network namespaces are kept ready for the next pods."`
+	CNI               CNI      `toml:"cni"`
+}
+
+// CNI plugins.
+type CNI struct {
+	ConfDir        string   `toml:"conf_dir" reload:"restart" comment:"Folder with the CNI configuration; the first file by name counts (*.conflist, *.conf, *.json). It is watched. Root must own folder and files, and nobody else may write to them."`
+	BinDirs        []string `toml:"bin_dirs" reload:"restart" comment:"Folders with the plugins, in this order; root's alone, too."`
+	Timeout        Duration `toml:"timeout" reload:"restart" comment:"A plugin that takes longer for one step of one pod is killed with its process group."`
+	StatusTimeout  Duration `toml:"status_timeout" reload:"restart" comment:"The same when it is asked for its status (CNI 1.1 STATUS)."`
+	StatusInterval Duration `toml:"status_interval" reload:"restart" comment:"How often it is asked for its status. What CRI's Status says of the network may be so old."`
+
+	HandlerConfDirs map[string]string `toml:"handler_conf_dirs" reload:"restart" comment:"Folders with the CNI configuration of single runtime handlers, by name: their pods get that network, whatever network.plugin says."`
 }
 
 // Images of the node.
@@ -130,8 +143,15 @@ type Handler struct {
 func Default() *Config {
 	return &Config{
 		Version: 1, Root: "/var/lib/naru", Run: "/run/naru", Socket: "/run/naru/naru.sock", SyncRecs: false,
-		Log:     Log{Verbosity: 2},
-		Network: Network{PodCIDR: []string{"auto"}, HostPorts: true, Table: "naru", LinkPrefix: "naru", NonMasquerade: []string{}},
+		Log: Log{Verbosity: 2},
+		Network: Network{
+			Plugin: "auto", PodCIDR: []string{"auto"}, HostPorts: true, Table: "naru", LinkPrefix: "naru", NonMasquerade: []string{},
+			CNI: CNI{
+				ConfDir: "/etc/cni/net.d", BinDirs: []string{"/opt/cni/bin", "/usr/lib/cni"},
+				Timeout: Duration(time.Minute), StatusTimeout: Duration(5 * time.Second), StatusInterval: Duration(10 * time.Second),
+				HandlerConfDirs: map[string]string{},
+			},
+		},
 		Images: Images{RegistryDirs: []string{"/etc/naru/certs.d"}, Pinned: []string{}, Progress: Duration(5 * time.Minute),
 			PullTimeout: Duration(12 * time.Hour)},
 		Cgroup:   Cgroup{Driver: "auto"},
@@ -321,6 +341,30 @@ var (
 
 func (c *Config) validateNetwork(bad func(key, format string, args ...any)) {
 	n := &c.Network
+	switch n.Plugin {
+	case "auto", "builtin", "cni":
+	default:
+		bad("network.plugin", "%q is none of auto, builtin, cni", n.Plugin)
+	}
+	if !filepath.IsAbs(n.CNI.ConfDir) {
+		bad("network.cni.conf_dir", "%q is not an absolute path", n.CNI.ConfDir)
+	}
+	for _, dir := range n.CNI.BinDirs {
+		if !filepath.IsAbs(dir) || strings.Contains(dir, ":") {
+			bad("network.cni.bin_dirs", "%q is not an absolute path without a colon", dir)
+		}
+	}
+	for name, dir := range n.CNI.HandlerConfDirs {
+		if _, ok := c.Handlers[name]; !ok && name != "naru" {
+			bad("network.cni.handler_conf_dirs", "there is no handler %q", name)
+		}
+		if !filepath.IsAbs(dir) {
+			bad("network.cni.handler_conf_dirs."+name, "%q is not an absolute path", dir)
+		}
+	}
+	if n.CNI.Timeout.D() < time.Second || n.CNI.StatusTimeout.D() < time.Second || n.CNI.StatusInterval.D() < time.Second {
+		bad("network.cni", "timeout, status_timeout and status_interval must be at least a second")
+	}
 	if len(n.PodCIDR) == 0 {
 		bad("network.pod_cidr", "is empty; write ranges or [\"auto\"]")
 	}

@@ -297,6 +297,8 @@ func (s sandboxes) Stats(ctx context.Context, _ *sandbox.Handle) (out []sandbox.
 	return out, err
 }
 
+func (s sandboxes) NetworkInfo() map[string]any { return map[string]any{"cniconfig": map[string]any{}} }
+
 func (s sandboxes) NetworkStatus() sandbox.NetworkStatus {
 	s.l.w.mu.Lock()
 	defer s.l.w.mu.Unlock()

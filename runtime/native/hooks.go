@@ -266,20 +266,7 @@ func (h *hooks) state(ctx context.Context, c *runtime.Container) (*os.File, erro
 	if err != nil {
 		return nil, errs.New(errs.Internal, "encode the state: %w", err)
 	}
-	fd, err := unix.MemfdCreate("state", unix.MFD_CLOEXEC)
-	if err != nil {
-		return nil, errs.New(errs.Internal, "make the standard input: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), "state")
-	_, err = f.Write(data)
-	if err == nil {
-		_, err = f.Seek(0, 0)
-	}
-	if err != nil {
-		_ = f.Close()
-		return nil, errs.New(errs.Internal, "write the standard input: %w", err)
-	}
-	return f, nil
+	return memoryFile("state", data)
 }
 
 // start clones the hook's process, in a cgroup of its own below the container's.

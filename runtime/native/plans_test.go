@@ -68,6 +68,7 @@ func TestPlans(t *testing.T) {
 		"init":             initPlan(f, f, f, nil),
 		"hook":             hookPlan(&specs.Hook{Path: "/usr/bin/hook"}, hookFiles{status: f, proc: f, mnt: f, net: f, ipc: f, uts: f, host: f, tasks: []*os.File{f}, stdin: f, output: f}),
 		"hook-userns":      hookPlan(&specs.Hook{Path: "/usr/bin/hook", Args: []string{"hook", "create"}, Env: []string{"SECRET=hidden"}}, hookFiles{status: f, proc: f, mnt: f, user: f, net: f, host: f, cgroup: f, stdin: f, output: f}),
+		"program":          programPlan(&process{args: []string{"/opt/cni/bin/bridge"}, env: []string{"CNI_COMMAND=ADD"}, umask: 0o022, oomScoreAdj: new(0)}, programFiles{status: f, proc: f, mnt: f, net: f, stdio: [3]*os.File{f, f, f}}),
 	} {
 		t.Run(name, func(t *testing.T) {
 			golden(t, name, l.Dump())

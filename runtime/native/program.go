@@ -2,48 +2,36 @@ package native
 
 import (
 	"context"
+	"errors"
 	"os"
 	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/program"
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/plan"
 )
 
-// runProgram runs a program of the host to its end, in the daemon's mount
-// namespace, without input and output, and with an environment of its own. It
-// is a child of the worker: the daemon executes nothing, and has given up some
-// privileges that programs may need. When ctx ends it gets SIGTERM and then
-// grace to end; it is killed when the daemon dies meanwhile. A program that is
-// not there is os.ErrNotExist.
+// Programs of the host are children of the worker: the daemon executes nothing,
+// and has given up some privileges that they may need. They see the daemon's
+// mounts and network. When the daemon dies they are killed.
+
+// runProgram runs a program to its end, without input and output, and with an
+// environment of its own. When ctx ends it gets SIGTERM and then grace to end.
+// A program that is not there is os.ErrNotExist.
 func (x *Executor) runProgram(ctx context.Context, grace time.Duration, args []string) error {
-	sr, sw, err := sys.Pipe(true)
-	if err != nil {
-		return errs.Wrap(errs.Internal, err)
-	}
-	defer func() { _, _ = sr.Close(), sw.Close() }()
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0) //nolint:forbidigo // a path of the host
 	if err != nil {
 		return errs.New(errs.Internal, "open the null device: %w", err)
 	}
 	defer func() { _ = null.Close() }()
-	mounts, err := sys.OpenNamespace("/proc/self/ns/mnt", unix.CLONE_NEWNS)
-	if err != nil {
-		return errs.Wrap(errs.Internal, err)
-	}
-	defer func() { _ = mounts.Close() }()
-	l := programPlan(sw, null, mounts, args)
-	f, err := l.memfd()
+	p, err := x.startProgram(ctx, [3]*os.File{null, null, null}, &process{args: args, env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, umask: 0o077})
 	if err != nil {
 		return err
-	}
-	defer func() { _ = f.Close() }()
-	p, err := x.cfg.Monitor.Exec(ctx, monitor.ExecRequest{Plan: f, FDs: l.files, Clone: l.clone, StatusR: sr})
-	if err != nil {
-		return planError(err)
 	}
 	defer p.Close()
 	exit, err := p.Wait(ctx)
@@ -67,17 +55,163 @@ func (x *Executor) runProgram(ctx context.Context, grace time.Duration, args []s
 	return nil
 }
 
-// programPlan: the daemon's mounts, the null device three times, execve.
-func programPlan(status, null, mounts *os.File, args []string) *launch {
-	l := newLaunch(status)
-	n := l.slot("null", null)
-	l.Sys(plan.StageNamespaces, unix.SYS_SETNS, l.slot("mounts", mounts), plan.Int(unix.CLONE_NEWNS))
-	p := &process{args: args, env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, umask: 0o077}
+// RunProgram runs a program to its end and returns what it printed. When ctx
+// ends, or it prints too much, it is killed with its whole process group. What
+// it left behind and that holds its output open is not waited for.
+func (x *Executor) RunProgram(ctx context.Context, r program.Request) (_ program.Result, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	in, err := memoryFile("stdin", r.Stdin)
+	if err != nil {
+		return program.Result{}, err
+	}
+	defer func() { _ = in.Close() }()
+	var read, write [2]*os.File
+	defer func() {
+		for _, f := range []*os.File{read[0], read[1], write[0], write[1]} {
+			if f != nil {
+				_ = f.Close()
+			}
+		}
+	}()
+	for i := range read {
+		if read[i], write[i], err = sys.Pipe(true); err != nil {
+			return program.Result{}, errs.Wrap(errs.Internal, err)
+		}
+	}
+	p, err := x.startProgram(ctx, [3]*os.File{in, write[0], write[1]}, &process{
+		args: []string{r.Path}, env: r.Env, umask: 0o022, oomScoreAdj: new(0),
+		rlimits: []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 4096}, {Type: "RLIMIT_CORE"}},
+	})
+	if err != nil {
+		return program.Result{}, err
+	}
+	defer p.Close()
+	_, _ = write[0].Close(), write[1].Close()
+	out := &upTo{limit: r.MaxOutput, over: func() {
+		cancel(errs.New(errs.ResourceExhausted, "it printed more than %d bytes", r.MaxOutput))
+	}}
+	var said head
+	var end ending
+	copied := make(chan struct{}, 2)
+	go func() { end.copy(out, read[0]); copied <- struct{}{} }()
+	go func() { end.copy(&said, read[1]); copied <- struct{}{} }()
+	exit, err := p.Wait(ctx)
+	if err != nil {
+		killGroup(ctx, p) // also when the worker was lost: nobody would know of it any more
+	}
+	end.set(read[:]...)
+	_, _ = <-copied, <-copied
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return program.Result{}, errs.New(errs.Of(err), "%w%s", err, said.text())
+	}
+	return program.Result{Stdout: out.b, Stderr: said.b, Status: exit.Status, Signal: exit.Signal}, nil
+}
+
+// startProgram clones the process of a program.
+func (x *Executor) startProgram(ctx context.Context, stdio [3]*os.File, p *process) (*monitor.ExecProcess, error) {
+	sr, sw, err := sys.Pipe(true)
+	if err != nil {
+		return nil, errs.Wrap(errs.Internal, err)
+	}
+	defer func() { _, _ = sr.Close(), sw.Close() }()
+	mnt, err := sys.OpenNamespace("/proc/self/ns/mnt", unix.CLONE_NEWNS)
+	if err != nil {
+		return nil, errs.Wrap(errs.Internal, err)
+	}
+	defer func() { _ = mnt.Close() }()
+	net, err := sys.OpenNamespace("/proc/self/ns/net", unix.CLONE_NEWNET)
+	if err != nil {
+		return nil, errs.Wrap(errs.Internal, err)
+	}
+	defer func() { _ = net.Close() }()
+	l := programPlan(p, programFiles{status: sw, proc: x.proc, mnt: mnt, net: net, stdio: stdio})
+	f, err := l.memfd()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	e, err := x.cfg.Monitor.Exec(ctx, monitor.ExecRequest{Plan: f, FDs: l.files, Clone: l.clone, StatusR: sr})
+	if err != nil {
+		return nil, planError(err)
+	}
+	return e, nil
+}
+
+// programFiles are the files of a program's plan.
+type programFiles struct {
+	status, proc *os.File
+	mnt, net     *os.File // namespaces to join
+	stdio        [3]*os.File
+}
+
+// programPlan: the daemon's network and mounts, the streams, execve.
+func programPlan(p *process, f programFiles) *launch {
+	l := newLaunch(f.status)
+	proc := l.slot("proc", f.proc)
+	var stdio [3]plan.Arg
+	for i, name := range []string{"stdin", "stdout", "stderr"} {
+		stdio[i] = l.slot(name, f.stdio[i])
+	}
 	l.schedule()
-	l.stdio(n, n, n)
+	l.setOOMScoreAdj(proc, p.oomScoreAdj)
+	l.Sys(plan.StageNamespaces, unix.SYS_SETNS, l.slot("net", f.net), plan.Int(unix.CLONE_NEWNET))
+	l.Sys(plan.StageNamespaces, unix.SYS_SETNS, l.slot("mnt", f.mnt), plan.Int(unix.CLONE_NEWNS))
+	l.stdio(stdio[0], stdio[1], stdio[2])
 	l.closeFiles()
 	l.inheritance(p)
 	l.session(p)
 	l.execute(p)
 	return l
+}
+
+// killGroup ends a program and all that it started and that is still in its
+// process group, which it leads (setsid), and waits for its own end.
+func killGroup(ctx context.Context, p *monitor.ExecProcess) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTime)
+	defer cancel()
+	err := unix.PidfdSendSignal(sys.FD(p.PIDFD), unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
+	if errors.Is(err, unix.EINVAL) && unix.PidfdSendSignal(sys.FD(p.PIDFD), 0, nil, 0) == nil {
+		// Before Linux 6.9. The number is the group's as long as its leader lives.
+		_ = unix.Kill(-p.PID, unix.SIGKILL) //nolint:forbidigo // of a living leader, see above
+	}
+	_ = unix.PidfdSendSignal(sys.FD(p.PIDFD), unix.SIGKILL, nil, 0)
+	_, _ = p.Wait(ctx)
+}
+
+// memoryFile is a file without a name, with data in it.
+func memoryFile(name string, data []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, errs.New(errs.Internal, "make %s: %w", name, err)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	_, err = f.Write(data)
+	if err == nil {
+		_, err = f.Seek(0, 0)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, errs.New(errs.Internal, "write %s: %w", name, err)
+	}
+	return f, nil
+}
+
+// upTo keeps an output that has a limit, and tells when that is passed.
+type upTo struct {
+	b     []byte
+	limit int
+	over  func()
+}
+
+func (u *upTo) Write(p []byte) (int, error) {
+	n := min(len(p), u.limit-len(u.b))
+	u.b = append(u.b, p[:n]...)
+	if n < len(p) {
+		u.over()
+	}
+	return len(p), nil
 }

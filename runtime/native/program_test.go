@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/program"
 )
 
 // A program of the host runs with the host's files, no environment but PATH,
@@ -69,5 +70,81 @@ func TestRunProgram(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// RunProgram: what goes in and comes out, its limits, and that the whole
+// process group ends with the program.
+func TestRunProgramOutput(t *testing.T) {
+	r := newRing(t)
+	t.Setenv("SECRET_TOKEN", "s3cret")
+	dir := t.TempDir()
+	run := func(limit time.Duration, script string) (program.Result, error) {
+		file := filepath.Join(dir, "program")
+		if err := os.WriteFile(file, []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeoutCause(t.Context(), limit, errs.New(errs.DeadlineExceeded, "too late"))
+		defer cancel()
+		return r.RunProgram(ctx, program.Request{Path: file, Env: []string{"A=b", "PATH=/usr/bin:/bin"}, Stdin: []byte("in"), MaxOutput: 1 << 16})
+	}
+	got, err := run(10*time.Second, "cat; env; ls /proc/self/fd; cat /proc/self/oom_score_adj; readlink /proc/self/ns/net /proc/self/ns/mnt; umask; echo no >&2; exit 7")
+	if err != nil || got.Status != 7 || string(got.Stderr) != "no\n" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	net, _ := os.Readlink("/proc/self/ns/net")
+	mnt, _ := os.Readlink("/proc/self/ns/mnt")
+	for _, want := range []string{"inA=b", net, mnt, "0022", "\n0\n"} {
+		if !strings.Contains(string(got.Stdout), want) {
+			t.Errorf("no %q in %s", want, got.Stdout)
+		}
+	}
+	if strings.Contains(string(got.Stdout), "s3cret") || strings.Contains(string(got.Stdout), "\n4\n") {
+		t.Errorf("inherited: %s", got.Stdout)
+	}
+	if got, err := run(10*time.Second, "kill -9 $$"); err != nil || got.Signal != 9 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if _, err := r.RunProgram(t.Context(), program.Request{Path: "/no/program"}); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("absent: %v", err)
+	}
+	child := filepath.Join(dir, "child")
+	dead := func(what string) {
+		t.Helper()
+		b, _ := os.ReadFile(child)
+		pid := strings.TrimSpace(string(b))
+		for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			b, err := os.ReadFile("/proc/" + pid + "/stat")
+			if err != nil || strings.Contains(string(b), ") Z ") {
+				return
+			}
+			if time.Now().After(end) {
+				t.Errorf("%s: process %s lives", what, pid)
+				return
+			}
+		}
+	}
+	began := time.Now()
+	if _, err := run(500*time.Millisecond, "trap '' TERM\nsleep 60 &\necho $! >"+child+"\necho working >&2\nsleep 60"); !errs.Is(err, errs.DeadlineExceeded) || !strings.Contains(err.Error(), "too late") || !strings.Contains(err.Error(), "working") {
+		t.Errorf("hangs: %v", err)
+	}
+	dead("hangs")
+	if _, err := run(time.Minute, "sleep 60 & echo $! >"+child+"; cat /dev/zero"); !errs.Is(err, errs.ResourceExhausted) {
+		t.Errorf("prints no end: %v", err)
+	}
+	dead("prints no end")
+	if got, err := run(20*time.Second, "head -c 100000000 /dev/zero >&2; echo out"); err != nil || len(got.Stderr) > 4096 || string(got.Stdout) != "out\n" {
+		t.Errorf("%d bytes of %v, %v", len(got.Stderr), got.Status, err)
+	}
+	// A child that was left behind and holds the output is not waited for, and
+	// not ended either: some plugins leave a daemon.
+	if got, err := run(time.Minute, "sleep 30 & echo $! >"+child+"; echo out"); err != nil || string(got.Stdout) != "out\n" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if d := time.Since(began); d > 20*time.Second {
+		t.Errorf("all that took %v", d)
+	}
+	if b, err := os.ReadFile(child); err == nil {
+		_, _ = r.RunProgram(t.Context(), program.Request{Path: "/bin/sh", Stdin: []byte("kill " + string(b)), MaxOutput: 1})
 	}
 }

@@ -139,14 +139,13 @@ func (a *Allocator) CIDRs() []netip.Prefix {
 	return out
 }
 
-// Strays returns leased addresses that lie outside the present ranges, after
-// the ranges changed.
-func (a *Allocator) Strays() []netip.Addr {
+// Outside returns leased addresses that lie outside of ranges.
+func (a *Allocator) Outside(ranges []netip.Prefix) []netip.Addr {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var out []netip.Addr
 	for ip := range a.byIP {
-		if !slices.ContainsFunc(a.pools, func(p *pool) bool { return p.cidr.Contains(ip) }) {
+		if !slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(ip) }) {
 			out = append(out, ip)
 		}
 	}
@@ -254,6 +253,13 @@ func (a *Allocator) release(id string) {
 		delete(a.byIP, ip)
 	}
 	delete(a.byID, id)
+}
+
+// Holder returns who has an address, "" if nobody has.
+func (a *Allocator) Holder(ip netip.Addr) string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.byIP[ip]
 }
 
 // IDs returns who has leases.

@@ -118,7 +118,7 @@ func TestChangedRangeAndAdopt(t *testing.T) {
 	if err := a.Adopt("thief", []netip.Addr{old}); !errs.Is(err, errs.FailedPrecondition) {
 		t.Fatal(err)
 	}
-	if s := a.Strays(); len(s) != 1 || s[0] != old {
+	if s := a.Outside(a.CIDRs()); len(s) != 1 || s[0] != old {
 		t.Fatalf("strays %v", s)
 	}
 	if err := a.Adopt("b", []netip.Addr{netip.MustParseAddr("10.1.0.9")}); err != nil {
@@ -128,7 +128,7 @@ func TestChangedRangeAndAdopt(t *testing.T) {
 		t.Fatalf("after adopting .9: %v", ips)
 	}
 	a.Release("old")
-	if s := a.Strays(); len(s) != 0 {
+	if s := a.Outside(a.CIDRs()); len(s) != 0 {
 		t.Fatalf("strays %v", s)
 	}
 }

@@ -222,6 +222,13 @@ func (b *Batch) neighbour(index int, ip netip.Addr, mac [6]byte) {
 	b.end()
 }
 
+// LoopbackUp brings the loopback of the namespace up.
+func (c *Conn) LoopbackUp() error {
+	b := &Batch{}
+	b.up(1)
+	return c.Do(b, nil)
+}
+
 // PreparePod brings the loopback of a pod up and makes its eth0 plain; c is a
 // socket in the pod's namespace. It returns the index of eth0.
 func (c *Conn) PreparePod(ipv6 bool) (index int, err error) {

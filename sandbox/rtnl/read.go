@@ -41,13 +41,20 @@ func (c *Conn) FindLink(name string) (l Link, ok bool, err error) {
 }
 
 // Veths lists all veth links of the namespace, with their counters.
-func (c *Conn) Veths() ([]Link, error) {
+func (c *Conn) Veths() ([]Link, error) { return c.links("veth") }
+
+// Links lists all links of the namespace, with their counters.
+func (c *Conn) Links() ([]Link, error) { return c.links("") }
+
+func (c *Conn) links(kind string) ([]Link, error) {
 	b := &Batch{}
-	b.begin("list veth links", unix.RTM_GETLINK, unix.NLM_F_DUMP)
+	b.begin("list links", unix.RTM_GETLINK, unix.NLM_F_DUMP)
 	b.link(0, 0, 0)
-	info := b.nest(unix.IFLA_LINKINFO)
-	b.attr(unix.IFLA_INFO_KIND, []byte("veth"))
-	info()
+	if kind != "" {
+		info := b.nest(unix.IFLA_LINKINFO)
+		b.attr(unix.IFLA_INFO_KIND, []byte(kind))
+		info()
+	}
 	b.end()
 	var out []Link
 	err := c.dump(b, func(m message) {

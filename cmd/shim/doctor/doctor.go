@@ -34,11 +34,15 @@ type Result struct {
 
 // Config says what is looked at.
 type Config struct {
-	Root          string // where images and writable layers live
-	Run           string // of one boot
-	Socket        string // CRI
-	CgroupDriver  string // as configured
-	Table         string // Naru's own nftables table
+	Root          string   // where images and writable layers live
+	Run           string   // of one boot
+	Socket        string   // CRI
+	CgroupDriver  string   // as configured
+	Table         string   // Naru's own nftables table
+	Plugin        string   // that makes the network of pods, as configured
+	CNIDirs       []string // folders of CNI configurations, the default one first
+	CNIBinDirs    []string
+	CNIState      string // folder of what Naru keeps of it
 	UserNS        bool   // user namespaces are wanted
 	Monitor       func() (string, error)
 	Holder        []string // a program that reads standard input to its end, for a user namespace
@@ -64,6 +68,7 @@ var checks = []check{
 	{"user namespaces", checkUserNS},
 	{"nftables", checkNftables},
 	{"firewall", checkFirewall},
+	{"CNI", checkCNI},
 	{"sysctls", checkSysctls},
 	{"disk", checkDisk},
 	{"security modules", checkLSM},

@@ -20,7 +20,7 @@ func TestRunChangesNothing(t *testing.T) {
 	root := t.TempDir()
 	mounts, _ := os.ReadFile("/proc/self/mountinfo")
 	fds, _ := os.ReadDir("/proc/self/fd")
-	results := Run(t.Context(), Config{Root: root, Socket: filepath.Join(root, "none"), UserNS: true, Holder: []string{"/bin/cat"}, Table: "naru"})
+	results := Run(t.Context(), Config{Root: root, Socket: filepath.Join(root, "none"), UserNS: true, Holder: []string{"/bin/cat"}, Table: "naru", CNIDirs: []string{filepath.Join(root, "net.d")}})
 	seen := map[string]Status{}
 	for _, r := range results {
 		t.Logf("%-4s %-16s %s", r.Status, r.Name, r.Detail)
