@@ -87,7 +87,7 @@ lint: check-go $(bin)/golangci-lint ## golangci-lint with the rules of .golangci
 	@GOARCH=arm64 $(GO) vet ./...
 
 .PHONY: critest
-critest: check-root check-test build cri-tools hack-tools ## Kubernetes' CRI conformance tests; FOCUS='text', PEER=containerd, PARALLEL=2
+critest: check-root check-test build cri-tools hack-tools ## Kubernetes' CRI conformance tests; FOCUS='text', PEER=containerd, PARALLEL=2, CNI=1
 	@hack/critest.sh
 
 .PHONY: critest-benchmark

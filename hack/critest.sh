@@ -6,6 +6,7 @@
 # Variables: PEER=containerd   run against Debian's containerd instead
 #            PARALLEL=2        test nodes (1 = no ginkgo command)
 #            FOCUS='text'      only the specs whose name matches
+#            CNI=1             the pods' network by Debian's CNI plugins
 #            LEAST=105         how many specs must pass
 #            REPORT=FILE       where to put the JUnit report, and all logs beside it
 #            BENCHMARK=20      instead of the tests, critest's benchmarks with
@@ -19,6 +20,7 @@ need_root
 need ip nsenter unshare awk
 parallel=${PARALLEL:-2}
 target=${PEER:-naru}
+[ -z "${CNI:-}" ] || need /usr/lib/cni/bridge iptables
 
 # The one spec with a digest in it asks for an image of 2017 that nobody can
 # make again: give it the digest of ours, the only change to critest.

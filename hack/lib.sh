@@ -36,6 +36,7 @@ package_of() {
 	mke2fs) echo e2fsprogs ;;
 	containerd | ctr) echo containerd ;;
 	dpkg-source) echo dpkg-dev ;;
+	/usr/lib/cni/*) echo containernetworking-plugins ;;
 	busybox) echo busybox-static ;;
 	*) echo "$1" ;;
 	esac

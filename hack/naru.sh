@@ -21,7 +21,8 @@ naru_cgroup_parent() {
 # runs, with every name leading to that.
 naru_up() {
 	naru_paths
-	mkdir -p "$work/certs.d"
+	mkdir -p "$work/certs.d" "$work/net.d"
+	[ -z "${CNI:-}" ] || naru_cni >"$work/net.d/10-bridge.conflist"
 	as_run "$work/run"
 	[ -z "${registry:-}" ] || mirror_everything "$work/certs.d"
 	cat >"$work/config.toml" <<-EOF
@@ -33,6 +34,9 @@ naru_up() {
 	verbosity = ${NARU_VERBOSITY:-2}
 	[network]
 	pod_cidr = ["10.85.0.0/16", "fd85::/64"]
+	[network.cni]
+	conf_dir = "$work/net.d"
+	bin_dirs = ["/usr/lib/cni"]
 	[images]
 	registry_dirs = ["$work/certs.d"]
 	[cgroup]
@@ -43,6 +47,16 @@ naru_up() {
 	EOF
 	spawn naru "$bin/naru" serve --config "$work/config.toml"
 	wait_for 20 answers || { tail -20 "$work/log/naru" >&2; die "naru does not come up"; }
+}
+
+# naru_cni is a CNI configuration of Debian's plugins.
+naru_cni() {
+	cat <<-EOF
+	{"cniVersion": "1.0.0", "name": "bridge", "plugins": [
+	  {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true, "capabilities": {"ipRanges": true},
+	   "ipam": {"type": "host-local", "dataDir": "$work/leases", "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
+	  {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}]}
+	EOF
 }
 
 answers() { alive naru && "$bin/crictl" --runtime-endpoint "$naru_endpoint" --image-endpoint "$naru_endpoint" version; }

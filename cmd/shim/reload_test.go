@@ -57,7 +57,9 @@ func alter(t *testing.T, v reflect.Value) {
 	case reflect.Slice:
 		v.Set(reflect.ValueOf([]string{"x"}))
 	case reflect.Map:
-		v.Set(reflect.ValueOf(map[string]config.Handler{"x": {Kind: "native"}}))
+		m := reflect.MakeMap(v.Type())
+		m.SetMapIndex(reflect.ValueOf("x"), reflect.Zero(v.Type().Elem()))
+		v.Set(m)
 	default:
 		t.Fatalf("no other value for a %s", v.Kind())
 	}

@@ -75,7 +75,7 @@ func TestRunProgram(t *testing.T) {
 
 // RunProgram: what goes in and comes out, its limits, and that the whole
 // process group ends with the program.
-func TestRunProgramOutput(t *testing.T) {
+func TestRowW07RunProgram(t *testing.T) {
 	r := newRing(t)
 	t.Setenv("SECRET_TOKEN", "s3cret")
 	dir := t.TempDir()

@@ -572,7 +572,7 @@ func TestGarbage(t *testing.T) {
 }
 
 // A pod whose plugin hangs keeps no other waiting.
-func TestHangingPodIsAlone(t *testing.T) {
+func TestRowW07HangingPodIsAlone(t *testing.T) {
 	r := newRig(t)
 	r.write("do/ADD", `case $CNI_CONTAINERID in a*) sleep 3600;; esac; `+goodResult, 0o644)
 	ctx, cancel := context.WithCancelCause(t.Context())

@@ -135,11 +135,15 @@ log.verbosity = 4
 network.pod_cidr = %s
 network.nft_table = %q
 network.link_prefix = %q
+network.cni.conf_dir = %q
+network.cni.bin_dirs = [%q, "/usr/lib/cni"]
+network.cni.status_timeout = "2s"
+network.cni.status_interval = "1s"
 images.registry_dirs = []
 cgroup.driver = %q
 cgroup.default_parent = %q
 runtime.monitor = %q
-%s`, n.Root, n.RunDir, n.Socket, n.opts.podCIDR, n.NftTable, n.Links, cgroupDriver(), n.Parent, monitorBin, n.opts.extra)
+%s`, n.Root, n.RunDir, n.Socket, n.opts.podCIDR, n.NftTable, n.Links, n.Dir+"/net.d", n.Dir+"/bin", cgroupDriver(), n.Parent, monitorBin, n.opts.extra)
 	if err := os.WriteFile(n.Config, []byte(text), 0o600); err != nil {
 		n.t.Fatal(err)
 	}

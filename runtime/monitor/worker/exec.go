@@ -82,6 +82,7 @@ func reapNow(pidfd int) (x wire.Exit, ok bool) {
 // execProc is a running exec.
 type execProc struct {
 	pidfd int
+	group int // its process group, if it is to end with it; 0 = not
 	mu    sync.Mutex
 	over  bool
 }
@@ -89,9 +90,16 @@ type execProc struct {
 func (e *execProc) kill() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if !e.over {
-		_ = unix.PidfdSendSignal(e.pidfd, unix.SIGKILL, nil, 0)
+	if e.over {
+		return
 	}
+	if e.group != 0 {
+		err := unix.PidfdSendSignal(e.pidfd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
+		if err == unix.EINVAL { // before Linux 6.9
+			_ = unix.Kill(-e.group, unix.SIGKILL) //nolint:forbidigo // its leader is a child of ours that is not reaped
+		}
+	}
+	_ = unix.PidfdSendSignal(e.pidfd, unix.SIGKILL, nil, 0)
 }
 
 // exec clones a process beside a container. It is the worker's own child, so
@@ -137,7 +145,11 @@ func (w *worker) exec(s *conn, p *wire.Packet) error {
 			return err
 		}
 	}
-	return w.execRuns(s, p.Req, c)
+	group := 0
+	if m.Container == "" && !m.Hold {
+		group = c.pid // a program of the host: it leads a session, and no cgroup holds what it starts
+	}
+	return w.execRuns(s, p.Req, c, group)
 }
 
 // execStatus sets up the status pipe of an exec. Who waits for its end must be
@@ -177,8 +189,8 @@ func (w *worker) reapAndClose(pidfd int) {
 }
 
 // execRuns answers the client and tells it later how the process ended.
-func (w *worker) execRuns(s *conn, req uint64, c child) error {
-	e := &execProc{pidfd: c.pidfd}
+func (w *worker) execRuns(s *conn, req uint64, c child, group int) error {
+	e := &execProc{pidfd: c.pidfd, group: group}
 	s.addExec(e)
 	s.reply(req, wire.EncodeBody(&wire.Created{PID: c.pid}), []int{c.pidfd}, false, nil)
 	w.reap(c.pidfd, func(x wire.Exit) {
