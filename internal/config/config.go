@@ -91,7 +91,7 @@ type Network struct {
 
 // CNI plugins.
 type CNI struct {
-	ConfDir        string   `toml:"conf_dir" reload:"restart" comment:"Folder with the CNI configuration; the first file by name counts (*.conflist, *.conf, *.json). It is watched. Root must own folder and files, and nobody else may write to them."`
+	ConfDir        string   `toml:"conf_dir" reload:"restart" comment:"Folder with the CNI configuration; the first file by name counts (*.conflist, *.conf, *.json). It is watched. Root must own folder and files, and nobody else may write to them. Pods of one runtime handler have another one by [network.cni.handler_conf_dirs] with NAME = \"/folder\"."`
 	BinDirs        []string `toml:"bin_dirs" reload:"restart" comment:"Folders with the plugins, in this order; root's alone, too."`
 	Timeout        Duration `toml:"timeout" reload:"restart" comment:"A plugin that takes longer for one step of one pod is killed with its process group."`
 	StatusTimeout  Duration `toml:"status_timeout" reload:"restart" comment:"The same when it is asked for its status (CNI 1.1 STATUS)."`
@@ -149,7 +149,6 @@ func Default() *Config {
 			CNI: CNI{
 				ConfDir: "/etc/cni/net.d", BinDirs: []string{"/opt/cni/bin", "/usr/lib/cni"},
 				Timeout: Duration(time.Minute), StatusTimeout: Duration(5 * time.Second), StatusInterval: Duration(10 * time.Second),
-				HandlerConfDirs: map[string]string{},
 			},
 		},
 		Images: Images{RegistryDirs: []string{"/etc/naru/certs.d"}, Pinned: []string{}, Progress: Duration(5 * time.Minute),
