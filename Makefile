@@ -53,7 +53,7 @@ test: check-root check-test build build-all lint critest critest-benchmark demo 
 	@echo "PASS: make test"
 
 .PHONY: test-nightly
-test-nightly: test fuzz kubelet-smoke test-vm test-cgroup2 ## make test, then every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine
+test-nightly: test critest-cni fuzz kubelet-smoke test-vm test-cgroup2 ## make test, then critest with CNI, every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine
 	@$(GO) test -race -count=3 -timeout 60m ./...
 	@echo "PASS: make test-nightly"
 
@@ -89,6 +89,10 @@ lint: check-go $(bin)/golangci-lint ## golangci-lint with the rules of .golangci
 .PHONY: critest
 critest: check-root check-test build cri-tools hack-tools ## Kubernetes' CRI conformance tests; FOCUS='text', PEER=containerd, PARALLEL=2, CNI=1
 	@hack/critest.sh
+
+.PHONY: critest-cni
+critest-cni: check-root check-test build cri-tools hack-tools ## The same with the pods' network made by Debian's CNI plugins
+	@CNI=1 hack/critest.sh
 
 .PHONY: critest-benchmark
 critest-benchmark: check-root check-test build cri-tools hack-tools ## critest's own benchmarks, BENCHMARK=20 of each kind
