@@ -145,7 +145,6 @@ func TestBadContainers(t *testing.T) {
 		{"image without name", func(c *config) { c.Mounts[1].Image.Image = "" }, "image.image"},
 		{"sub path climbs", func(c *config) { c.Mounts[1].ImageSubPath = "../x" }, "image_sub_path"},
 		{"sub path absolute", func(c *config) { c.Mounts[1].ImageSubPath = "/x" }, "image_sub_path"},
-		{"sub path without image", func(c *config) { c.Mounts[0].ImageSubPath = "x" }, "image_sub_path"},
 		{"propagation", func(c *config) { c.Mounts[0].Propagation = 8 }, "propagation 8"},
 		{"RRO without readonly", func(c *config) { c.Mounts[0].Readonly = false }, "needs readonly"},
 		{"RRO with propagation", func(c *config) {
@@ -449,5 +448,19 @@ func TestStopTimeouts(t *testing.T) {
 	}
 	if _, err := s.StopContainer(t.Context(), &criv1.StopContainerRequest{ContainerId: "c", Timeout: -1}); !errs.Is(err, errs.InvalidArgument) {
 		t.Errorf("negative: %v", err)
+	}
+}
+
+// The kubelet sends the subPath of every volume in image_sub_path; on a host
+// path it says nothing new.
+func TestSubPathOfAHostPath(t *testing.T) {
+	m := &criv1.Mount{ContainerPath: "/sub", HostPath: "/var/lib/kubelet/pods/uid/volumes/x/a", ImageSubPath: "a"}
+	s, _, _ := newTestServer()
+	got, err := s.mount(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.HostPath != m.HostPath || got.ImageSubPath != "" {
+		t.Errorf("%+v", got)
 	}
 }

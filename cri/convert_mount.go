@@ -74,12 +74,12 @@ func (s *Server) mount(m *criv1.Mount) (pod.Mount, error) {
 	return out, err
 }
 
-// checkMountSource: a volume is a host path or an image, not both.
+// checkMountSource: a volume is a host path or an image, not both. The kubelet
+// names the subPath of any volume in image_sub_path; that of a host path is in
+// the path already.
 func checkMountSource(m *criv1.Mount, out *pod.Mount) error {
 	if m.GetImage() == nil {
-		if out.ImageSubPath != "" {
-			return invalid("config.mounts.image_sub_path goes with image only")
-		}
+		out.ImageSubPath = ""
 		return checkAbs("config.mounts.host_path", out.HostPath)
 	}
 	switch {
