@@ -53,13 +53,13 @@ func (s *Server) event(e pod.Event) *criv1.ContainerEventResponse {
 		p, _ = s.pods.Sandbox(e.PodID) // gone: the answer is nil, as it is
 	}
 	if containers == nil && p != nil {
-		containers = s.sortedContainers(pod.Filter{PodID: p.ID})
+		containers = s.pods.Containers(pod.Filter{PodID: p.ID})
 	}
 	out := &criv1.ContainerEventResponse{
 		ContainerId:        e.ContainerID,
 		ContainerEventType: eventTypes[e.Type],
 		CreatedAt:          nanos(e.Time),
-		ContainersStatuses: convertAll(containers, containerStatus),
+		ContainersStatuses: podContainerStatuses(containers),
 	}
 	if p != nil {
 		out.PodSandboxStatus = sandboxStatus(p)

@@ -76,6 +76,14 @@ func (s *Server) sortedContainers(f pod.Filter) []*pod.Container {
 	})
 }
 
+// podContainerStatuses are those of one pod's containers, the newest first:
+// kubelet with EventedPLEG takes the first of a name for the present one.
+func podContainerStatuses(in []*pod.Container) []*criv1.ContainerStatus {
+	return convertAll(slices.SortedFunc(slices.Values(in), func(a, b *pod.Container) int {
+		return cmp.Or(b.CreatedAt.Compare(a.CreatedAt), cmp.Compare(b.Config.Metadata.Attempt, a.Config.Metadata.Attempt))
+	}), containerStatus)
+}
+
 // listImages lists all images, or the one that the filter names.
 func (s *Server) listImages(f *criv1.ImageFilter) ([]*criv1.Image, error) {
 	if err := s.checkHandler(f.GetImage().GetRuntimeHandler()); err != nil {

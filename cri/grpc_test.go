@@ -21,23 +21,56 @@ import (
 	"github.com/naru-project/naru/pod"
 )
 
+// Until recovery is done calls wait, of both kinds: the kubelet gives up the
+// stream of events for good when it has been refused five times.
 func TestReadinessGate(t *testing.T) {
 	s, _, _ := newTestServer()
-	s.ready.Store(false)
+	s.ready = make(chan struct{})
 	c := runtimeClient(t, s)
-	if _, err := c.Version(t.Context(), &criv1.VersionRequest{}); status.Code(err) != codes.Unavailable {
-		t.Errorf("unary before recovery: %v", err)
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := c.Version(short, &criv1.VersionRequest{}); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("a short call before recovery: %v", err)
 	}
-	st, err := c.StreamContainers(t.Context(), &criv1.StreamContainersRequest{})
-	if err == nil {
-		_, err = st.Recv()
-	}
-	if status.Code(err) != codes.Unavailable {
-		t.Errorf("stream before recovery: %v", err)
+	answers := make(chan error, 2)
+	go func() {
+		_, err := c.Version(t.Context(), &criv1.VersionRequest{})
+		answers <- err
+	}()
+	go func() {
+		st, err := c.StreamContainers(t.Context(), &criv1.StreamContainersRequest{})
+		if err == nil {
+			_, err = st.Recv()
+		}
+		answers <- err
+	}()
+	select {
+	case err := <-answers:
+		t.Errorf("answered before recovery: %v", err)
+	case <-time.After(100 * time.Millisecond):
 	}
 	s.SetReady()
-	if _, err := c.Version(t.Context(), &criv1.VersionRequest{}); err != nil {
-		t.Errorf("after recovery: %v", err)
+	for range 2 {
+		if err := <-answers; err != nil {
+			t.Errorf("after recovery: %v", err)
+		}
+	}
+}
+
+// A daemon that ends before it is ready lets nobody wait.
+func TestReadinessGateEnds(t *testing.T) {
+	s, _, _ := newTestServer()
+	s.ready = make(chan struct{})
+	c := runtimeClient(t, s)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := c.Version(t.Context(), &criv1.VersionRequest{})
+		answer <- err
+	}()
+	time.Sleep(50 * time.Millisecond)
+	s.close()
+	if err := <-answer; status.Code(err) != codes.Unavailable {
+		t.Errorf("got %v", err)
 	}
 }
 
@@ -376,5 +409,35 @@ func TestEventsEndWithTheServer(t *testing.T) {
 	}
 	if _, err := st.Recv(); status.Code(err) != codes.Unavailable {
 		t.Errorf("%v", err)
+	}
+}
+
+// The kubelet with EventedPLEG takes the first status of a name for the
+// container's present one, and makes another container if that one has ended.
+func TestStatusesOfAPodAreNewestFirst(t *testing.T) {
+	s, pods, _ := newTestServer()
+	start := time.Unix(1000, 0)
+	for i, id := range []string{"first", "second", "third"} {
+		pods.containers[id] = &pod.Container{
+			ID: id, PodID: "p", CreatedAt: start.Add(time.Duration(i) * time.Minute),
+			Config: &pod.ContainerConfig{Metadata: pod.ContainerMetadata{Name: "main", Attempt: uint32(i)}},
+		}
+	}
+	delete(pods.containers, "c")
+	r, err := s.PodSandboxStatus(t.Context(), &criv1.PodSandboxStatusRequest{PodSandboxId: "p"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, statuses := range map[string][]*criv1.ContainerStatus{
+		"status": r.ContainersStatuses,
+		"event":  s.event(pod.Event{Type: pod.EventStopped, ContainerID: "first", PodID: "p"}).ContainersStatuses,
+	} {
+		var ids []string
+		for _, c := range statuses {
+			ids = append(ids, c.Id)
+		}
+		if got := strings.Join(ids, " "); got != "third second first" {
+			t.Errorf("%s: %s", what, got)
+		}
 	}
 }

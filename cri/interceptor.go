@@ -32,13 +32,18 @@ func (s *Server) begin(ctx context.Context, fullMethod string, req any) (context
 	return klog.NewContext(ctx, c.log), c
 }
 
-// gate refuses calls while recovery runs: what a list would miss now, kubelet
-// would take for gone.
-func (c *call) gate() error {
-	if c.s.ready.Load() {
+// gate lets calls wait while recovery runs: what a list would miss now, kubelet
+// would take for gone, and a stream that is refused kubelet opens again at once,
+// but five times in all.
+func (c *call) gate(ctx context.Context) error {
+	select {
+	case <-c.s.ready:
 		return nil
+	case <-c.s.done.Done():
+		return errs.New(errs.Unavailable, "naru is shutting down")
+	case <-ctx.Done():
+		return fmt.Errorf("wait until naru has taken stock after its start: %w", ctx.Err())
 	}
-	return errs.New(errs.Unavailable, "naru is taking stock after its start; try again soon")
 }
 
 // end turns err, or a panic that is under way, into the RPC's result, and logs
@@ -78,7 +83,7 @@ func levelOf(method string) int {
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 	ctx, c := s.begin(ctx, info.FullMethod, req)
 	defer c.end(&err)
-	if err := c.gate(); err != nil {
+	if err := c.gate(ctx); err != nil {
 		return nil, err
 	}
 	return handler(ctx, req)
@@ -88,7 +93,7 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 	ctx, c := s.begin(ss.Context(), info.FullMethod, nil)
 	defer c.end(&err)
-	if err := c.gate(); err != nil {
+	if err := c.gate(ctx); err != nil {
 		return err
 	}
 	return handler(srv, &streamWithContext{ServerStream: ss, ctx: ctx})

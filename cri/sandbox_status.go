@@ -22,7 +22,7 @@ func (s *Server) PodSandboxStatus(ctx context.Context, req *criv1.PodSandboxStat
 	}
 	out := &criv1.PodSandboxStatusResponse{
 		Status:             sandboxStatus(p),
-		ContainersStatuses: convertAll(s.sortedContainers(pod.Filter{PodID: p.ID}), containerStatus),
+		ContainersStatuses: podContainerStatuses(s.pods.Containers(pod.Filter{PodID: p.ID})),
 		Timestamp:          nanos(now),
 	}
 	if req.GetVerbose() {

@@ -47,19 +47,19 @@ type Server struct {
 	images  Images
 	host    Host
 	streams *streaming.Server
-	ready   atomic.Bool
+	ready   chan struct{}            // closed when recovery is done
 	named   atomic.Pointer[[]string] // the handlers besides the built-in ones
 	done    context.Context          // ends with Close: long streams end with it
 	close   context.CancelFunc
 	started time.Time
 }
 
-// New makes the server. It refuses all RPCs as Unavailable until SetReady.
+// New makes the server. It lets all RPCs wait until SetReady.
 func New(cfg Config, pods Pods, images Images, host Host) *Server {
 	if cfg.Version == "" {
 		cfg.Version = "0.0.0-dev"
 	}
-	s := &Server{cfg: cfg, pods: pods, images: images, host: host, started: time.Now()}
+	s := &Server{cfg: cfg, pods: pods, images: images, host: host, ready: make(chan struct{}), started: time.Now()}
 	s.SetHandlers(cfg.Handlers)
 	s.streams = streaming.New(cfg.Streaming, pods)
 	s.done, s.close = context.WithCancel(context.Background())
@@ -69,8 +69,8 @@ func New(cfg Config, pods Pods, images Images, host Host) *Server {
 // SetHandlers changes the runtime handlers besides "" and "naru".
 func (s *Server) SetHandlers(names []string) { s.named.Store(&names) }
 
-// SetReady opens the gate: recovery is over.
-func (s *Server) SetReady() { s.ready.Store(true) }
+// SetReady opens the gate: recovery is over. It is called once.
+func (s *Server) SetReady() { close(s.ready) }
 
 // Streams is the streaming server: the caller has it Listen and Serve.
 func (s *Server) Streams() *streaming.Server { return s.streams }
