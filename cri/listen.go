@@ -32,13 +32,23 @@ const maxSocketPath = 107
 //   - a stale socket is replaced, a living one or anything else is an error;
 //   - each connection's peer is asked of the kernel again (SO_PEERCRED), in
 //     case the socket file gets into wrong hands.
-func Listen(path string, allowGIDs []uint32) (net.Listener, error) {
+//
+// If one of the held descriptors is already the socket at path, kept open by
+// systemd since the daemon before this one, it is taken, with whoever has
+// connected meanwhile, and left in its place by Close. The others are closed.
+func Listen(path string, allowGIDs []uint32, held ...*os.File) (*Listener, error) {
+	defer closeAll(held)
 	if err := checkSocketPath(path); err != nil {
 		return nil, err
 	}
 	dir := filepath.Dir(path)
 	if err := prepareFolder(dir); err != nil {
 		return nil, err
+	}
+	for _, f := range held {
+		if l := adopt(f, path); l != nil {
+			return &Listener{UnixListener: l, path: path, gids: slices.Clone(allowGIDs)}, nil
+		}
 	}
 	if err := checkStale(path); err != nil {
 		return nil, err
@@ -47,7 +57,31 @@ func Listen(path string, allowGIDs []uint32) (net.Listener, error) {
 	if err != nil {
 		return nil, errs.New(errs.Internal, "make socket %s: %w", path, err)
 	}
-	return &peerListener{UnixListener: l, path: path, info: info, gids: slices.Clone(allowGIDs)}, nil
+	return &Listener{UnixListener: l, path: path, info: info, gids: slices.Clone(allowGIDs)}, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close()
+	}
+}
+
+// adopt returns the listener of a descriptor if it is the socket at path. It is
+// bound to path if systemd has made it, and named after path if Listen has: that
+// binds to a passing name.
+func adopt(f *os.File, path string) *net.UnixListener {
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil
+	}
+	if u, ok := l.(*net.UnixListener); ok && u.Addr().Network() == "unix" && (f.Name() == path || u.Addr().String() == path) {
+		if info, err := os.Lstat(path); err == nil && info.Mode().Type() == fs.ModeSocket {
+			u.SetUnlinkOnClose(false)
+			return u
+		}
+	}
+	_ = l.Close()
+	return nil
 }
 
 func checkSocketPath(path string) error {
@@ -140,17 +174,17 @@ func publish(temp, path string, gids []uint32) (fs.FileInfo, error) {
 	return info, os.Rename(temp, path) // replaces a stale socket, never follows a link
 }
 
-// peerListener accepts only peers that may use the socket.
-type peerListener struct {
+// Listener is the CRI socket. It accepts only peers that may use it.
+type Listener struct {
 	*net.UnixListener
 	path string
-	info fs.FileInfo // of the socket file
+	info fs.FileInfo // of the socket file; nil if somebody holds it open
 	gids []uint32
 	once sync.Once
 }
 
 // Accept implements net.Listener.
-func (l *peerListener) Accept() (net.Conn, error) {
+func (l *Listener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.AcceptUnix()
 		if err != nil {
@@ -165,7 +199,7 @@ func (l *peerListener) Accept() (net.Conn, error) {
 	}
 }
 
-func (l *peerListener) admit(c *net.UnixConn) error {
+func (l *Listener) admit(c *net.UnixConn) error {
 	cred, err := sys.PeerCredentials(c)
 	if err != nil {
 		return err
@@ -186,11 +220,33 @@ func admit(cred sys.PeerCred, gids []uint32) error {
 	return fmt.Errorf("process %d of user %d is not allowed", cred.PID, cred.UID)
 }
 
+// Hold gives a descriptor of the socket to hold, unless somebody holds it
+// already. From then on Close leaves the socket file in its place, for the next
+// daemon.
+func (l *Listener) Hold(hold func(*os.File) error) error {
+	if l.info == nil {
+		return nil
+	}
+	f, err := l.File()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	if err := hold(f); err != nil {
+		return err
+	}
+	l.info = nil
+	return nil
+}
+
 // Close implements net.Listener. It removes the socket file unless another
 // one has taken its place.
-func (l *peerListener) Close() error {
+func (l *Listener) Close() error {
 	err := l.UnixListener.Close()
 	l.once.Do(func() {
+		if l.info == nil {
+			return
+		}
 		if now, statErr := os.Lstat(l.path); statErr == nil && os.SameFile(now, l.info) {
 			_ = os.Remove(l.path)
 		}

@@ -52,6 +52,97 @@ func checkMode(t *testing.T, path string, want fs.FileMode) {
 	}
 }
 
+// A socket that somebody holds open is taken over with whoever has connected
+// meanwhile, whether the holder made it or an earlier Listen, and stays.
+func TestListenTakesAHeldSocket(t *testing.T) {
+	for _, name := range []string{"made by systemd", "given to systemd"} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "s")
+			held := hold(t, path, name == "given to systemd")
+			early, err := net.Dial("unix", path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer early.Close()
+			l, err := Listen(path, nil, held)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = c.Close()
+			if err := l.Close(); err != nil {
+				t.Error(err)
+			}
+			if _, err := os.Lstat(path); err != nil {
+				t.Errorf("the socket after close: %v", err)
+			}
+			if _, err := held.Stat(); !errors.Is(err, os.ErrClosed) {
+				t.Errorf("the descriptor is still open: %v", err)
+			}
+		})
+	}
+}
+
+// hold returns a descriptor of a listening socket at path, as systemd would.
+func hold(t *testing.T, path string, byListen bool) (held *os.File) {
+	t.Helper()
+	if !byListen {
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		defer l.Close()
+		if held, err = l.File(); err != nil {
+			t.Fatal(err)
+		}
+		return held
+	}
+	l, err := Listen(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	err = l.Hold(func(f *os.File) error {
+		fd, err := syscall.Dup(int(f.Fd()))
+		held = os.NewFile(uintptr(fd), path)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return held
+}
+
+// Descriptors that are not the socket at path are closed, and it is made anew.
+func TestListenIgnoresOtherDescriptors(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s")
+	other := hold(t, filepath.Join(dir, "other"), false)
+	file, err := os.Create(filepath.Join(dir, "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := hold(t, path, false)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	l, err := Listen(path, nil, other, file, gone)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	checkMode(t, path, fs.ModeSocket|0o600)
+	for _, f := range []*os.File{other, file, gone} {
+		if _, err := f.Stat(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("%s is still open: %v", f.Name(), err)
+		}
+	}
+}
+
 // Row S-13: a stale socket is replaced.
 func TestListenReplacesAStaleSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
@@ -134,7 +225,7 @@ func TestCloseLeavesASuccessorAlone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = first.(*peerListener).UnixListener.Close() // dead, its file stays
+	_ = first.UnixListener.Close() // dead, its file stays
 	second, err := Listen(path, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -56,6 +56,7 @@ type daemon struct {
 	images  *images.Store
 	pods    *pod.Manager
 	server  *cri.Server
+	held    []*os.File // sockets that systemd has kept open since the daemon before
 	closers []func() error
 }
 
@@ -76,7 +77,7 @@ func runServe(ctx context.Context, file string, hup <-chan os.Signal) (err error
 		name string
 		do   func(context.Context) error
 	}{
-		{"close inherited files", closeInherited}, {"relax timers", relaxTimers}, {"set oom_score_adj", shield}, {"prepare folders", d.prepareFolders},
+		{"take held sockets", d.takeHeld}, {"close inherited files", closeInherited}, {"relax timers", relaxTimers}, {"set oom_score_adj", shield}, {"prepare folders", d.prepareFolders},
 		{"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor}, {"give up privileges", confine}, {"make the executor", d.openExecutor},
 		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer},
 	} {
@@ -85,6 +86,11 @@ func runServe(ctx context.Context, file string, hup <-chan os.Signal) (err error
 		}
 	}
 	return d.serve(ctx, hup)
+}
+
+func (d *daemon) takeHeld(context.Context) error {
+	d.held = notify.Held()
+	return nil
 }
 
 func relaxTimers(context.Context) error {
@@ -268,11 +274,17 @@ func (d *daemon) health() error {
 }
 
 // serve opens the socket at once, so that kubelet's calls wait instead of
-// failing, recovers, and then answers.
+// failing, recovers, and then answers. Where systemd holds the socket it was
+// never closed, and calls wait since the daemon before this one has gone.
 func (d *daemon) serve(ctx context.Context, hup <-chan os.Signal) error {
-	l, err := cri.Listen(d.cfg.Socket, nil)
+	l, err := cri.Listen(d.cfg.Socket, nil, d.held...)
 	if err != nil {
 		return err
+	}
+	if notify.Managed() {
+		if err := l.Hold(func(f *os.File) error { return notify.Hold(d.cfg.Socket, f) }); err != nil {
+			klog.ErrorS(err, "The CRI socket will not stay open over a restart", "socket", d.cfg.Socket)
+		}
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()

@@ -60,8 +60,12 @@ wait_running() { for _ in $(seq 200); do if running 2>/dev/null; then return 0; 
 systemctl restart naru || die "restart"
 wait_running || die "the container did not survive a restart"
 say "survived systemctl restart naru"
+socket=$(stat -c %i /run/naru/naru.sock)
 kill -KILL "$(systemctl show -p MainPID --value naru)"
-sleep 2
+crictl version >/dev/null || die "a call does not wait while the daemon is away"
+systemctl restart naru && crictl version >/dev/null || die "a call right after a restart"
+[ "$(stat -c %i /run/naru/naru.sock)" = "$socket" ] || die "the socket did not stay open over the daemon's death and a restart"
+say "calls wait on the same socket while the daemon is away"
 wait_running || die "the container did not survive SIGKILL of the daemon"
 say "survived SIGKILL of the daemon; systemd started it again"
 keeper=$(systemctl show -p MainPID --value naru-monitor)

@@ -5,11 +5,15 @@ package notify
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"strconv"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 )
 
@@ -24,6 +28,43 @@ func Stopping() { send(daemon.SdNotifyStopping) }
 
 // Status shows one line in systemctl status.
 func Status(text string) { send("STATUS=" + text) }
+
+// Held returns the descriptors that systemd has kept for this process: those of
+// a unit of type socket, and those given to Hold by the process before it
+// (sd_listen_fds(3)). They are close-on-exec, and children are not told of them.
+func Held() []*os.File { return activation.Files(true) }
+
+// Hold gives systemd a descriptor to keep while this process is replaced by the
+// next (FDSTORE, FileDescriptorStoreMax= of the unit). Systemd drops it when the
+// unit is stopped.
+func Hold(name string, f *os.File) error {
+	address := os.Getenv("NOTIFY_SOCKET")
+	if address == "" {
+		return errors.New("systemd does not run this process")
+	}
+	raw, err := f.SyscallConn() // Fd would make the socket a blocking one
+	if err != nil {
+		return err
+	}
+	var sent error
+	err = raw.Control(func(fd uintptr) { sent = sendWith(address, "FDSTORE=1\nFDNAME="+name, int(fd)) })
+	if err := errors.Join(err, sent); err != nil {
+		return fmt.Errorf("give systemd %s to keep: %w", name, err)
+	}
+	return nil
+}
+
+// sendWith sends a message with a descriptor beside it, which
+// [daemon.SdNotify] cannot.
+func sendWith(address, message string, fd int) error {
+	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socket", err)
+	}
+	defer func() { _ = unix.Close(s) }()
+	err = unix.Sendmsg(s, []byte(message), unix.UnixRights(fd), &unix.SockaddrUnix{Name: address}, unix.MSG_NOSIGNAL)
+	return os.NewSyscallError("sendmsg", err)
+}
 
 // Extend asks for more time to start or stop, for a recovery that takes long
 // (EXTEND_TIMEOUT_USEC).

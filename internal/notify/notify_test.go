@@ -3,11 +3,13 @@ package notify
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -49,6 +51,48 @@ func TestMessages(t *testing.T) {
 		if got := next(t, c); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
+	}
+}
+
+// A descriptor reaches systemd with its name, and can be used there.
+func TestHold(t *testing.T) {
+	c := listen(t)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if err := Hold("/run/a.sock", w); err != nil {
+		t.Fatal(err)
+	}
+	_ = w.Close()
+	text, oob := make([]byte, 256), make([]byte, 256)
+	n, oobn, _, _, err := c.ReadMsgUnix(text, oob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := string(text[:n]), "FDSTORE=1\nFDNAME=/run/a.sock"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	msgs, err := syscall.ParseSocketControlMessage(oob[:oobn])
+	if err != nil || len(msgs) != 1 {
+		t.Fatalf("%d control messages: %v", len(msgs), err)
+	}
+	fds, err := syscall.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 1 {
+		t.Fatalf("descriptors %v: %v", fds, err)
+	}
+	kept := os.NewFile(uintptr(fds[0]), "kept")
+	if _, err := kept.WriteString("x"); err != nil {
+		t.Error(err)
+	}
+	_ = kept.Close()
+	if b, err := io.ReadAll(r); err != nil || string(b) != "x" {
+		t.Errorf("read %q: %v", b, err)
+	}
+	t.Setenv("NOTIFY_SOCKET", "")
+	if err := Hold("x", r); err == nil {
+		t.Error("held by nobody")
 	}
 }
 
