@@ -53,7 +53,7 @@ test: check-root check-test build build-all lint critest critest-benchmark demo 
 	@echo "PASS: make test"
 
 .PHONY: test-nightly
-test-nightly: test critest-cni fuzz kubelet-smoke test-vm test-cgroup2 ## make test, then critest with CNI, every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine
+test-nightly: test critest-cni fuzz kubelet-e2e test-vm test-cgroup2 ## make test, then critest with CNI, every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine
 	@$(GO) test -race -count=3 -timeout 60m ./...
 	@echo "PASS: make test-nightly"
 
@@ -101,6 +101,10 @@ critest-benchmark: check-root check-test build cri-tools hack-tools ## critest's
 .PHONY: kubelet-smoke
 kubelet-smoke: check-root check-test build cri-tools hack-tools kubelet ## The real kubelet with a static pod: probes, restart, logs
 	@hack/kubelet-smoke.sh
+
+.PHONY: kubelet-e2e
+kubelet-e2e: check-root check-test build cri-tools hack-tools kubelet ## The real kubelet and all that it asks of a runtime; writes bin/kubelet-e2e.md
+	@hack/kubelet-e2e.sh
 
 .PHONY: bench
 bench: check-root check-test build hack-tools ## Compare with Debian's containerd and runc; ROUNDS=5, ENFORCE=1 fails on a missed target, DOC=1 writes docs/performance.md
@@ -164,7 +168,7 @@ clean: ## Remove bin/ (the caches in $(CACHE) stay)
 
 .PHONY: help
 help: ## This list
-	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {sub(/\$$\(CACHE\)/, "$(CACHE)", $$2); printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {sub(/\$$\(CACHE\)/, "$(CACHE)", $$2); printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Tools. Their versions are pinned in tools/*/go.mod.
 
@@ -174,6 +178,7 @@ hack-tools: check-go
 	@cd hack && $(call tool,building testimages) -o $(bin)/testimages ./testimages
 	@cd hack && $(call tool,building cribench) -o $(bin)/cribench ./bench
 	@cd hack && $(call tool,building junitcheck) -o $(bin)/junitcheck ./junitcheck
+	@cd hack && CGO_ENABLED=0 $(call tool,building kubelete2e) -o $(bin)/kubelete2e ./kubelete2e
 
 .PHONY: demo-tools
 demo-tools: check-go $(bin)/crictl

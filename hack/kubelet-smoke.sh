@@ -10,35 +10,10 @@
 . "$(dirname "$0")/lib.sh"
 . "$top/hack/naru.sh"
 . "$top/hack/containerd.sh"
+. "$top/hack/kubelet.sh"
 
 need_root
 need ip nsenter unshare awk curl openssl
-
-# fake_sysctls shows the kubelet, and it alone, kernel settings as it wants
-# them: it then has no reason to write them. All others are read-only.
-kubelet_wrapper() {
-	mkdir "$work/sysctl"
-	local name
-	for name in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
-		kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
-		mkdir -p "$work/sysctl/$(dirname "${name%=*}")"
-		echo "${name#*=}" >"$work/sysctl/${name%=*}"
-	done
-	mkdir "$work/varlogcontainers"
-	cat >"$work/kubelet.sh" <<-EOF
-	set -e
-	# What is mounted from here on stays in this mount namespace; only \$work is shared.
-	for m in / /proc /var /var/log; do mount --make-private \$m 2>/dev/null || true; done
-	mount --bind /proc/sys /proc/sys
-	mount -o remount,bind,ro /proc/sys
-	cd $work/sysctl
-	find . -type f | while read -r f; do mount --bind "\$f" "/proc/sys/\$f"; done
-	mkdir -p /var/log/containers
-	mount --bind $work/varlogcontainers /var/log/containers
-	cd /
-	exec "\$@"
-	EOF
-}
 
 kubelet_config() {
 	cat >"$work/kubelet.yaml" <<-EOF
@@ -125,15 +100,11 @@ layout=$(images demo)
 machine_state >"${TMPDIR:-/tmp}/naru-kubelet-before.$$"
 work_begin kubelet
 mv "${TMPDIR:-/tmp}/naru-kubelet-before.$$" "$work/before"
-# Volumes that the kubelet mounts below $work must reach naru, and nothing else.
-mount --rbind "$work" "$work"
-mount --make-shared "$work"
-mkdir "$work/manifests" "$work/podlogs" "$work/volumeplugins" "$work/kubelet"
+kubelet_place
 registry_up "$layout"
 runtime_up
 make_cgroup "$run_name-pods"
 kubelet_config
-kubelet_wrapper
 ok "naru serves CRI"
 
 spawn kubelet unshare --mount --propagation unchanged sh "$work/kubelet.sh" \

@@ -85,13 +85,18 @@ node_ip=192.0.2.10
 
 in_ns() { nsenter --net="$netns" "$@"; }
 
+# in_place PROGRAM... becomes a program in this run's namespace and cgroup: for
+# a shell that has nothing else to do.
+in_place() {
+	# shellcheck disable=SC2016
+	exec sh -c 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"' sh "$svc_cgroup" nsenter --net="$netns" "$@"
+}
+
 # spawn NAME PROGRAM... starts a daemon of this run, in its namespace and cgroup.
 spawn() {
 	local name=$1
 	shift
-	# shellcheck disable=SC2016
-	setsid sh -c 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"' sh "$svc_cgroup" \
-		nsenter --net="$netns" "$@" >"$work/log/$name" 2>&1 </dev/null &
+	in_place setsid "$@" >"$work/log/$name" 2>&1 </dev/null &
 	echo $! >"$work/pids/$name"
 }
 

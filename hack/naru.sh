@@ -17,9 +17,9 @@ naru_cgroup_parent() {
 	esac
 }
 
-# naru_up starts it, with a network that is ready at once and, if a registry
-# runs, with every name leading to that.
-naru_up() {
+# naru_config writes its configuration: a network that is ready at once and, if
+# a registry runs, every name leading to that.
+naru_config() {
 	naru_paths
 	mkdir -p "$work/certs.d" "$work/net.d"
 	[ -z "${CNI:-}" ] || naru_cni >"$work/net.d/10-bridge.conflist"
@@ -45,6 +45,11 @@ naru_up() {
 	[runtime]
 	monitor = "$bin/naru-monitor"
 	EOF
+}
+
+# naru_up starts it and waits until it answers.
+naru_up() {
+	naru_config
 	spawn naru "$bin/naru" serve --config "$work/config.toml"
 	wait_for 20 answers || { tail -20 "$work/log/naru" >&2; die "naru does not come up"; }
 }

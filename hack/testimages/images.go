@@ -23,12 +23,13 @@ const (
 	staging = "gcr.io/k8s-staging-cri-tools/"
 )
 
-// Names of the demo's images and of the benchmark's.
+// Names of the demo's images, of the benchmark's, and of the one that no pod uses.
 const (
 	demoNginx    = "localhost/demo/nginx:1"
 	demoBusybox  = "localhost/demo/busybox:1"
 	benchBusybox = "localhost/cribench/busybox:1"
 	benchPause   = "localhost/cribench/pause:1"
+	unusedImage  = "localhost/kubelet/unused:1"
 )
 
 // named is an image with the reference it is stored under.
@@ -138,21 +139,50 @@ var nginxConfig = v1.Config{Cmd: []string{"nginx"}, ExposedPorts: map[string]str
 
 // demo makes the two images of the demo from binary packages alone.
 func (m *maker) demo(ctx context.Context) ([]named, error) {
-	binary, err := m.packagedBusybox(ctx)
+	specs, _, err := m.demoSpecs(ctx)
 	if err != nil {
 		return nil, err
 	}
-	base, err := m.busyboxLayer(ctx, binary, []string{"sh", "wget", "sleep", "cat", "ls", "hostname"})
+	return assemble(specs...)
+}
+
+// kubelet makes the images of kubelet-e2e: the demo's, those with a user, and
+// one that no pod uses.
+func (m *maker) kubelet(ctx context.Context) ([]named, error) {
+	specs, base, err := m.demoSpecs(ctx)
 	if err != nil {
 		return nil, err
+	}
+	users, err := m.users(ctx, base)
+	if err != nil {
+		return nil, err
+	}
+	t := tree{}
+	t.text("/which", "unused\n")
+	unused, err := t.layer()
+	if err != nil {
+		return nil, err
+	}
+	specs = append(specs, spec{unusedImage, v1.Config{Cmd: []string{"sh"}}, []v1.Layer{base, unused}})
+	return assemble(append(specs, users...)...)
+}
+
+func (m *maker) demoSpecs(ctx context.Context) (specs []spec, base v1.Layer, err error) {
+	binary, err := m.packagedBusybox(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if base, err = m.busyboxLayer(ctx, binary, []string{"sh", "wget", "sleep", "cat", "ls", "hostname"}); err != nil {
+		return nil, nil, err
 	}
 	nginx, err := m.nginxLayer(ctx, 80, "<h1>Hello from a pod</h1>\n")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return assemble(
-		spec{demoBusybox, v1.Config{Cmd: []string{"sh"}}, []v1.Layer{base}},
-		spec{demoNginx, nginxConfig, []v1.Layer{base, nginx}})
+	return []spec{
+		{demoBusybox, v1.Config{Cmd: []string{"sh"}}, []v1.Layer{base}},
+		{demoNginx, nginxConfig, []v1.Layer{base, nginx}},
+	}, base, nil
 }
 
 // bench makes the images of the benchmark and of its containerd fixture.

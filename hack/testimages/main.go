@@ -105,7 +105,7 @@ func buildCommand(ctx context.Context, args []string) error {
 
 // buildSet makes a set unless this very program has made it before.
 func buildSet(ctx context.Context, m *maker, dir, set string) (string, error) {
-	sets := map[string]func(context.Context) ([]named, error){"demo": m.demo, "critest": m.critest, "bench": m.bench}
+	sets := map[string]func(context.Context) ([]named, error){"demo": m.demo, "critest": m.critest, "bench": m.bench, "kubelet": m.kubelet}
 	build, ok := sets[set]
 	if !ok {
 		return "", fmt.Errorf("%w: no set is called %q", errUsage, set)
