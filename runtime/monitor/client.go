@@ -214,6 +214,28 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (Created, error) {
 	return Created{PID: got.PID, PIDFD: a.file("pidfd")}, nil
 }
 
+// Take makes a process of the keeper's known to it: from now on its end is
+// told by Exits, and its streams are logged. The process has been started when
+// Start says so. If the worker is lost on the way, the call fails with
+// errs.Unavailable, and the process may or may not have been taken.
+func (c *Client) Take(ctx context.Context, r TakeRequest) error {
+	mask, files := kept(&r.Kept)
+	s, err := c.live(ctx)
+	if err != nil {
+		return err
+	}
+	if s.info.Version < 2 {
+		return errs.New(errs.FailedPrecondition, "the running naru-monitor is older than this naru and keeps no containers of OCI runtimes; upgrade it (SIGUSR2)")
+	}
+	m := &wire.Take{ID: r.ID, PID: r.PID, TTY: r.TTY, Kept: mask | 1<<wire.FDPid}
+	a, err := s.call(ctx, wire.KindTake, m, append([]*os.File{r.PIDFD}, files...), nil)
+	if err != nil {
+		return err
+	}
+	wire.CloseAll(a.fds)
+	return nil
+}
+
 // created finds out whether a container whose creator was lost exists.
 func (c *Client) created(ctx context.Context, id string) (Created, error) {
 	f, err := c.Files(ctx, id)

@@ -35,6 +35,16 @@ type CreateRequest struct {
 	TTY      bool
 }
 
+// TakeRequest asks the keeper to take a process of its own that it does not
+// know: one that an OCI runtime made. PID and PIDFD are that process's.
+type TakeRequest struct {
+	ID    string
+	PID   int
+	PIDFD *os.File
+	Kept  Kept // without Status, Gate and Devpts
+	TTY   bool
+}
+
 // Kept are the files that the keeper holds for a container's life. nil = not there.
 type Kept struct {
 	Status *os.File // read end of the status pipe; dropped after Start

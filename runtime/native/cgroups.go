@@ -63,11 +63,11 @@ func (x *Executor) releaseHolder(id string) {
 
 // cgroupViews opens what a container sees below /sys/fs/cgroup on cgroup v1:
 // its own folder of each hierarchy, read-only unless it is privileged.
-func (x *Executor) cgroupViews(c *runtime.Container) ([]volume, error) {
+func (x *Executor) cgroupViews(c *runtime.Container) ([]Volume, error) {
 	if x.cfg.Cgroups.Mode() == cgroup.ModeV2 {
 		return nil, nil
 	}
-	var out []volume
+	var out []Volume
 	for _, name := range x.cfg.Cgroups.Controllers() {
 		fd, ok := x.cfg.Cgroups.Dir(name)
 		if !ok {
@@ -75,22 +75,23 @@ func (x *Executor) cgroupViews(c *runtime.Container) ([]volume, error) {
 		}
 		t, err := sys.CloneTree(fd, c.Cgroup[1:], false)
 		if err != nil {
-			closeVolumes(out)
+			CloseVolumes(out)
 			return nil, errs.New(errs.Internal, "open the %s cgroup: %w", name, err)
 		}
-		out = append(out, volume{path: filepath.Base(name), tree: t, dir: true})
+		out = append(out, Volume{Path: filepath.Base(name), Tree: t, Dir: true})
 		a := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC | readonlyIf(!c.Privileged), Propagation: unix.MS_PRIVATE}
 		if err := sys.SetAttr(t, false, a); err != nil {
-			closeVolumes(out)
+			CloseVolumes(out)
 			return nil, errs.New(errs.Internal, "prepare the %s cgroup: %w", name, err)
 		}
 	}
 	return out, nil
 }
 
-func closeVolumes(vs []volume) {
+// CloseVolumes closes what Volumes opened.
+func CloseVolumes(vs []Volume) {
 	for _, v := range vs {
-		_ = v.tree.Close()
+		_ = v.Tree.Close()
 	}
 }
 

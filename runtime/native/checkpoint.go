@@ -66,7 +66,7 @@ func (x *Executor) Checkpoint(ctx context.Context, c *runtime.Container, dir str
 	for _, e := range external {
 		args = append(args, "--external", e)
 	}
-	if err := x.runProgram(ctx, criuGrace, append([]string{criu}, args...)); err != nil {
+	if err := x.RunTool(ctx, criuGrace, Tool{Args: append([]string{criu}, args...), Umask: 0o077}); err != nil {
 		switch {
 		case ctx.Err() != nil:
 			return fail(errs.Of(ctx.Err()), "%w", context.Cause(ctx))

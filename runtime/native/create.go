@@ -114,7 +114,10 @@ func (k *creation) openPlace(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return k.x.openVolumes(ctx, k.c, &k.place)
+	if k.place.volumes, err = k.x.Volumes(ctx, k.c); err != nil {
+		return err
+	}
+	return k.x.openHooks(ctx, k.c, &k.place)
 }
 
 // begin starts f and returns a function that waits for its result.

@@ -18,6 +18,7 @@ import (
 	"github.com/naru-project/naru/internal/namespaces"
 	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime"
+	"github.com/naru-project/naru/runtime/stdio"
 )
 
 // openFiles counts this process's descriptors once nothing closes any more.
@@ -165,7 +166,7 @@ func TestExecSlowReader(t *testing.T) {
 	r := newRing(t)
 	c := r.container("sleep", "100")
 	r.run(c)
-	w := &slow{wait: 2 * drainTime}
+	w := &slow{wait: 2 * stdio.DrainTime}
 	code, err := r.Exec(t.Context(), c, runtime.ExecSpec{Args: []string{"head", "-c", "150000", "/dev/zero"}}, runtime.Streams{Stdout: w})
 	if err != nil || code != 0 || w.buf.Len() != 150000 {
 		t.Errorf("%d bytes of 150000, code %d, %v", w.buf.Len(), code, err)
@@ -183,7 +184,7 @@ func TestExecTerminal(t *testing.T) {
 	r := newRing(t)
 	c := r.container("sleep", "100")
 	r.run(c)
-	w := &slow{wait: drainTime / 4}
+	w := &slow{wait: stdio.DrainTime / 4}
 	sizes := make(chan runtime.Size, 1)
 	sizes <- runtime.Size{Width: 91, Height: 31}
 	code, err := r.Exec(t.Context(), c, runtime.ExecSpec{Args: []string{"sh", "-c", "sleep .3; stty size; seq 3000; exit 5"}, TTY: true}, runtime.Streams{Stdout: w, Resize: sizes})

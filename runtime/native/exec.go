@@ -2,7 +2,6 @@ package native
 
 import (
 	"context"
-	"errors"
 	"io"
 	"os"
 	"sync"
@@ -15,18 +14,11 @@ import (
 	"github.com/naru-project/naru/runtime"
 	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/monitor"
+	"github.com/naru-project/naru/runtime/stdio"
 )
 
-const (
-	// maxOutput is how much of each stream ExecSync returns; the rest is read
-	// and thrown away (CRI: ExecSyncResponse; 16 MiB is the gRPC limit's worth).
-	maxOutput = 16 << 20
-	// drainTime is how long output is still read after the process has ended: a
-	// child it left behind may hold the pipe open for ever.
-	drainTime = 250 * time.Millisecond
-	// killTime is how long an exec may take to die once it was killed.
-	killTime = 5 * time.Second
-)
+// killTime is how long an exec may take to die once it was killed.
+const killTime = 5 * time.Second
 
 // exec is one exec session.
 type exec struct {
@@ -36,7 +28,7 @@ type exec struct {
 }
 
 // startExec clones a process into the container with the given streams.
-func (x *Executor) startExec(ctx context.Context, c *runtime.Container, args []string, tty bool, stdio [3]*os.File) (_ *exec, err error) {
+func (x *Executor) startExec(ctx context.Context, c *runtime.Container, args []string, tty bool, files [3]*os.File) (_ *exec, err error) {
 	p, err := x.process(c, args, tty)
 	if err != nil {
 		return nil, err
@@ -70,7 +62,7 @@ func (x *Executor) startExec(ctx context.Context, c *runtime.Container, args []s
 	}
 	l := joinPlan(p, spaces, joinFiles{
 		status: sw, proc: x.proc, target: h.pidfd, tasks: e.group.TaskFDs(), cgroup: e.group.CloneFD(),
-		stdin: stdio[0], stdout: stdio[1], stderr: stdio[2],
+		stdin: files[0], stdout: files[1], stderr: files[2],
 	})
 	f, err := l.memfd()
 	if err != nil {
@@ -125,17 +117,17 @@ func (x *Executor) ExecSync(ctx context.Context, c *runtime.Container, s runtime
 		return runtime.ExecResult{}, errs.New(errs.Internal, "open the null device: %w", err)
 	}
 	defer func() { _ = null.Close() }()
-	out, err := newCapture()
+	out, err := stdio.NewCapture()
 	if err != nil {
 		return runtime.ExecResult{}, err
 	}
-	defer out.close()
-	e, err := x.startExec(ctx, c, s.Args, false, [3]*os.File{null, out.w[0], out.w[1]})
+	defer out.Close()
+	e, err := x.startExec(ctx, c, s.Args, false, [3]*os.File{null, out.W[0], out.W[1]})
 	if err != nil {
 		return runtime.ExecResult{}, execError(c, s.Args, err)
 	}
 	defer e.close(ctx)
-	out.start()
+	out.Start()
 	exit, err := e.proc.Wait(ctx)
 	if err != nil {
 		e.kill(ctx) // also when the worker was lost: nobody would know of it any more
@@ -144,67 +136,12 @@ func (x *Executor) ExecSync(ctx context.Context, c *runtime.Container, s runtime
 		}
 		return runtime.ExecResult{}, execError(c, s.Args, err)
 	}
-	stdout, stderr := out.finish()
+	stdout, stderr := out.Finish()
 	return runtime.ExecResult{Stdout: stdout, Stderr: stderr, Code: exitCode(exit)}, nil
 }
 
 func execError(c *runtime.Container, args []string, err error) error {
 	return errs.New(errs.Of(err), "exec %q in container %s: %w", args[0], short(c.ID), err)
-}
-
-// capture reads two pipes into memory, up to maxOutput each.
-type capture struct {
-	r, w [2]*os.File
-	buf  [2]limited
-	end  ending
-	wg   sync.WaitGroup
-}
-
-func newCapture() (*capture, error) {
-	c := &capture{}
-	for i := range c.r {
-		var err error
-		if c.r[i], c.w[i], err = sys.Pipe(true); err != nil {
-			c.close()
-			return nil, errs.Wrap(errs.Internal, err)
-		}
-	}
-	return c, nil
-}
-
-func (c *capture) start() {
-	for i := range c.r {
-		_ = c.w[i].Close()
-		c.wg.Go(func() { c.end.copy(&c.buf[i], c.r[i]) })
-	}
-}
-
-// finish reads what is left.
-func (c *capture) finish() (stdout, stderr []byte) {
-	c.end.set(c.r[:]...)
-	c.wg.Wait()
-	return c.buf[0].b, c.buf[1].b
-}
-
-func (c *capture) close() {
-	for i := range c.r {
-		for _, f := range []*os.File{c.r[i], c.w[i]} {
-			if f != nil {
-				_ = f.Close()
-			}
-		}
-	}
-	c.wg.Wait()
-}
-
-// limited keeps the first maxOutput bytes and swallows the rest.
-type limited struct{ b []byte }
-
-func (l *limited) Write(p []byte) (int, error) {
-	if n := maxOutput - len(l.b); n > 0 {
-		l.b = append(l.b, p[:min(n, len(p))]...)
-	}
-	return len(p), nil
 }
 
 // Exec runs a command with streams and returns its exit code.
@@ -213,13 +150,13 @@ func (x *Executor) Exec(ctx context.Context, c *runtime.Container, s runtime.Exe
 	if err != nil {
 		return 0, err
 	}
-	defer io3.close()
-	e, err := x.startExec(ctx, c, s.Args, s.TTY, io3.child)
+	defer io3.Close()
+	e, err := x.startExec(ctx, c, s.Args, s.TTY, io3.Child)
 	if err != nil {
 		return 0, execError(c, s.Args, err)
 	}
 	defer e.close(ctx)
-	io3.start(ctx)
+	io3.Start(ctx)
 	exit, err := e.proc.Wait(ctx)
 	if err != nil {
 		e.kill(ctx)
@@ -228,173 +165,34 @@ func (x *Executor) Exec(ctx context.Context, c *runtime.Container, s runtime.Exe
 		}
 		return 0, execError(c, s.Args, err)
 	}
-	io3.drain()
+	io3.Drain()
 	return exitCode(exit), nil
 }
 
-// session holds both ends of an exec's streams.
-type session struct {
-	st     runtime.Streams
-	child  [3]*os.File // closed once the child has them
-	stdin  *os.File
-	output [2]*os.File
-	master *os.File
-	end    ending
-	wg     sync.WaitGroup // copies of output
-	done   chan struct{}
-}
-
-func (x *Executor) openSession(ctx context.Context, c *runtime.Container, tty bool, st runtime.Streams) (_ *session, err error) {
-	s := &session{st: st, done: make(chan struct{})}
-	defer func() {
-		if err != nil {
-			s.close()
-		}
-	}()
-	if tty {
-		files, err := x.cfg.Monitor.Files(ctx, c.ID)
-		if err != nil {
-			return nil, err
-		}
-		defer files.Close()
-		if files.Devpts == nil {
-			return nil, errs.New(errs.FailedPrecondition, "container %s has no terminals", short(c.ID))
-		}
-		var slave *os.File
-		if s.master, slave, err = openPty(files.Devpts); err != nil {
-			return nil, err
-		}
-		s.child = [3]*os.File{slave, slave, slave}
-		if err := slave.Chown(hostID(c.UIDMap, c.Spec.Process.User.UID), hostID(c.GIDMap, 5)); err != nil {
-			return nil, errs.New(errs.Internal, "chown the terminal: %w", err)
-		}
-		return s, nil
-	}
-	null := func() (*os.File, error) { return os.OpenFile(os.DevNull, os.O_RDWR, 0) } //nolint:forbidigo // a path of ours or of the host, not of the image
-	if st.Stdin != nil {
-		s.stdin, s.child[0], err = sys.Pipe(false)
-	} else {
-		s.child[0], err = null()
-	}
-	for i, w := range []io.Writer{st.Stdout, st.Stderr} {
-		if err != nil {
-			break
-		}
-		if w != nil {
-			s.output[i], s.child[i+1], err = sys.Pipe(true)
-		} else {
-			s.child[i+1], err = null()
-		}
-	}
-	if err != nil {
-		return nil, errs.New(errs.Internal, "make the streams: %w", err)
-	}
+// openSession makes the streams of an exec.
+func (x *Executor) openSession(ctx context.Context, c *runtime.Container, tty bool, st runtime.Streams) (*stdio.Session, error) {
 	uid, gid := hostID(c.UIDMap, c.Spec.Process.User.UID), hostID(c.GIDMap, c.Spec.Process.User.GID)
-	for i, f := range s.child {
-		if (i == 0 && s.stdin != nil) || (i > 0 && s.output[i-1] != nil) {
-			if err := f.Chown(uid, gid); err != nil {
-				return nil, errs.New(errs.Internal, "chown a stream: %w", err)
-			}
-		}
+	if !tty {
+		return stdio.NewSession(st, uid, gid)
+	}
+	files, err := x.cfg.Monitor.Files(ctx, c.ID)
+	if err != nil {
+		return nil, err
+	}
+	defer files.Close()
+	if files.Devpts == nil {
+		return nil, errs.New(errs.FailedPrecondition, "container %s has no terminals", short(c.ID))
+	}
+	master, slave, err := openPty(files.Devpts)
+	if err != nil {
+		return nil, err
+	}
+	s := stdio.NewTerminal(st, master, slave)
+	if err := slave.Chown(uid, hostID(c.GIDMap, 5)); err != nil {
+		s.Close()
+		return nil, errs.New(errs.Internal, "chown the terminal: %w", err)
 	}
 	return s, nil
-}
-
-// start copies between the person and the process.
-func (s *session) start(ctx context.Context) {
-	s.closeChild()
-	if s.master != nil {
-		s.wg.Go(func() { s.end.copy(s.st.Stdout, s.master) })
-		if s.st.Stdin != nil {
-			go func() { _, _ = io.Copy(s.master, s.st.Stdin) }()
-		}
-		go resize(ctx, s.master, s.st.Resize, s.done)
-		return
-	}
-	for i, w := range []io.Writer{s.st.Stdout, s.st.Stderr} {
-		if s.output[i] != nil {
-			s.wg.Go(func() { s.end.copy(w, s.output[i]) })
-		}
-	}
-	if s.stdin != nil {
-		go func() {
-			// Ends with the client's stream; what it closes is this end only.
-			_, _ = io.Copy(s.stdin, s.st.Stdin)
-			_ = s.stdin.Close()
-		}()
-	}
-}
-
-func copyOutput(w io.Writer, r *os.File) {
-	if w == nil {
-		w = io.Discard
-	}
-	_, _ = io.Copy(w, r)
-}
-
-// resize follows the size of the person's window.
-func resize(ctx context.Context, master *os.File, sizes <-chan runtime.Size, done <-chan struct{}) {
-	if sizes == nil {
-		return
-	}
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-done:
-			return
-		case z, ok := <-sizes:
-			if !ok {
-				return
-			}
-			if z.Width == 0 || z.Height == 0 {
-				continue
-			}
-			_ = setSize(master, z)
-		}
-	}
-}
-
-func setSize(master *os.File, z runtime.Size) error {
-	rc, err := master.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var ierr error
-	err = rc.Control(func(fd uintptr) {
-		ierr = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: z.Height, Col: z.Width})
-	})
-	return errors.Join(err, ierr)
-}
-
-// drain lets the output reach the person.
-func (s *session) drain() {
-	s.end.set(s.master, s.output[0], s.output[1])
-	s.wg.Wait()
-}
-
-func (s *session) closeChild() {
-	for i, f := range s.child {
-		if f != nil {
-			_ = f.Close()
-			s.child[i] = nil
-		}
-	}
-}
-
-func (s *session) close() {
-	select {
-	case <-s.done:
-	default:
-		close(s.done)
-	}
-	s.closeChild()
-	for _, f := range []*os.File{s.stdin, s.output[0], s.output[1], s.master} {
-		if f != nil {
-			_ = f.Close()
-		}
-	}
-	s.wg.Wait()
 }
 
 // Attach connects a person to the container's own streams. Its output also
@@ -433,7 +231,7 @@ func (x *Executor) Attach(ctx context.Context, c *runtime.Container, st runtime.
 		if outs[i] != nil {
 			_ = ends[i].Close()
 			ends[i] = nil
-			wg.Go(func() { copyOutput(w, outs[i]) })
+			wg.Go(func() { stdio.CopyOutput(w, outs[i]) })
 		}
 	}
 	stdin, in := x.attachStdin(c, files, st)
@@ -447,7 +245,7 @@ func (x *Executor) Attach(ctx context.Context, c *runtime.Container, st runtime.
 			return err
 		}
 		defer func() { _ = pty.Close() }()
-		go resize(ctx, pty, st.Resize, done)
+		go stdio.Resize(ctx, pty, st.Resize, done)
 	}
 	// Copies of the container's stdin would keep it from ever ending.
 	files.Close()

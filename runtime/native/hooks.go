@@ -17,6 +17,7 @@ import (
 	"github.com/naru-project/naru/runtime"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/plan"
+	"github.com/naru-project/naru/runtime/stdio"
 )
 
 const (
@@ -235,12 +236,12 @@ func (h *hooks) one(c *runtime.Container, hook *specs.Hook, spaces [5]*os.File) 
 	defer e.close(ctx)
 	_ = w.Close()
 	var said head
-	var end ending
+	var end stdio.Ending
 	copied := make(chan struct{})
-	go func() { defer close(copied); end.copy(&said, r) }()
+	go func() { defer close(copied); end.Copy(&said, r) }()
 	exit, err := e.proc.Wait(ctx)
 	e.kill(ctx) // also what it left behind: it must not live beside the container
-	end.set(r)
+	end.Set(r)
 	<-copied
 	switch {
 	case err != nil && ctx.Err() != nil:

@@ -16,6 +16,7 @@ import (
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime"
 	"github.com/naru-project/naru/runtime/plan"
+	"github.com/naru-project/naru/runtime/stdio"
 )
 
 // Start opens the start gate.
@@ -179,7 +180,7 @@ func (x *Executor) List(ctx context.Context) ([]runtime.State, error) {
 
 // ReopenLog opens the log file anew and lets the worker go over to it.
 func (x *Executor) ReopenLog(ctx context.Context, c *runtime.Container) error {
-	f, err := openLog(c.LogPath)
+	f, err := stdio.OpenLog(c.LogPath)
 	if err != nil || f == nil {
 		return err
 	}

@@ -18,11 +18,11 @@ import (
 	"github.com/naru-project/naru/runtime"
 )
 
-// volume is a detached mount on its way to a place in the container.
-type volume struct {
-	path string // in the container, clean and absolute
-	tree *os.File
-	dir  bool
+// Volume is a detached mount on its way to a place in the container.
+type Volume struct {
+	Path string // in the container, clean and absolute
+	Tree *os.File
+	Dir  bool
 }
 
 // place is everything that will be attached in a container's mount namespace,
@@ -30,8 +30,8 @@ type volume struct {
 type place struct {
 	root    *os.File
 	devices *devices
-	volumes []volume
-	cgroups []volume // cgroup v1 folders below /sys/fs/cgroup
+	volumes []Volume
+	cgroups []Volume // cgroup v1 folders below /sys/fs/cgroup
 	sys     *os.File // the host's /sys, where the container cannot have a sysfs of its own
 	fs      map[string]*os.File
 	hooks   *hooks // nil: none
@@ -45,7 +45,7 @@ func (p *place) close() {
 		p.devices.close()
 	}
 	for _, v := range slices.Concat(p.volumes, p.cgroups) {
-		_ = v.tree.Close()
+		_ = v.Tree.Close()
 	}
 	if p.sys != nil {
 		_ = p.sys.Close()
@@ -58,19 +58,25 @@ func (p *place) close() {
 	}
 }
 
-// openVolumes opens every volume of the container once, and keeps what was
-// opened: nothing is looked up again by its path.
-func (x *Executor) openVolumes(ctx context.Context, c *runtime.Container, p *place) error {
+// Volumes opens every volume of the container once, the pod's files and
+// /dev/shm included, and keeps what was opened: nothing is looked up again by
+// its path. Parents come first. The caller closes them (CloseVolumes).
+func (x *Executor) Volumes(ctx context.Context, c *runtime.Container) (all []Volume, err error) {
+	defer func() {
+		if err != nil {
+			CloseVolumes(all)
+		}
+	}()
 	own := map[string]bool{}
 	for i := range c.Mounts {
 		m := &c.Mounts[i]
 		v, err := x.openVolume(ctx, c, i, m)
 		if err != nil {
-			return err
+			return all, err
 		}
-		v.path = path.Clean("/" + m.ContainerPath)
-		own[v.path] = true
-		p.volumes = append(p.volumes, *v)
+		v.Path = path.Clean("/" + m.ContainerPath)
+		own[v.Path] = true
+		all = append(all, *v)
 	}
 	names := make([]string, 0, len(c.EtcFiles))
 	for to := range c.EtcFiles {
@@ -82,26 +88,26 @@ func (x *Executor) openVolumes(ctx context.Context, c *runtime.Container, p *pla
 	for _, to := range names {
 		t, err := sys.CloneTree(unix.AT_FDCWD, c.EtcFiles[to], false)
 		if err != nil {
-			return errs.New(errs.Internal, "open %s of the pod: %w", to, err)
+			return all, errs.New(errs.Internal, "open %s of the pod: %w", to, err)
 		}
-		p.volumes = append(p.volumes, volume{path: to, tree: t})
+		all = append(all, Volume{Path: to, Tree: t})
 		if err := sys.SetAttr(t, false, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC | readonlyIf(c.Spec.Root != nil && c.Spec.Root.Readonly), Propagation: unix.MS_PRIVATE}); err != nil {
-			return errs.New(errs.Internal, "prepare %s of the pod: %w", to, err)
+			return all, errs.New(errs.Internal, "prepare %s of the pod: %w", to, err)
 		}
 	}
 	if c.Shm != "" && !own["/dev/shm"] && !inShared(c, "/dev/shm") {
 		t, err := sys.CloneTree(unix.AT_FDCWD, c.Shm, false)
 		if err != nil {
-			return errs.New(errs.Internal, "open the pod's /dev/shm: %w", err)
+			return all, errs.New(errs.Internal, "open the pod's /dev/shm: %w", err)
 		}
-		p.volumes = append(p.volumes, volume{path: "/dev/shm", tree: t, dir: true})
+		all = append(all, Volume{Path: "/dev/shm", Tree: t, Dir: true})
 		if err := sys.SetAttr(t, false, unix.MountAttr{Propagation: unix.MS_PRIVATE}); err != nil {
-			return errs.New(errs.Internal, "prepare the pod's /dev/shm: %w", err)
+			return all, errs.New(errs.Internal, "prepare the pod's /dev/shm: %w", err)
 		}
 	}
 	// Parents first; the order of the request among equals.
-	slices.SortStableFunc(p.volumes, func(a, b volume) int { return strings.Count(a.path, "/") - strings.Count(b.path, "/") })
-	return x.openHooks(ctx, c, p)
+	slices.SortStableFunc(all, func(a, b Volume) int { return strings.Count(a.Path, "/") - strings.Count(b.Path, "/") })
+	return all, nil
 }
 
 // inShared reports whether a place lies in a volume with bidirectional
@@ -136,7 +142,7 @@ func readonlyIf(b bool) uint64 {
 	return 0
 }
 
-func (x *Executor) openVolume(ctx context.Context, c *runtime.Container, i int, m *runtime.Mount) (_ *volume, err error) {
+func (x *Executor) openVolume(ctx context.Context, c *runtime.Container, i int, m *runtime.Mount) (_ *Volume, err error) {
 	if iv, ok := c.Images[i]; ok {
 		return x.openImageVolume(ctx, c, m, iv)
 	}
@@ -174,7 +180,7 @@ func (x *Executor) openVolume(ctx context.Context, c *runtime.Container, i int, 
 	if err := x.applyVolumeAttr(ctx, c, m, t, attr); err != nil {
 		return nil, err
 	}
-	return &volume{tree: t, dir: st.Mode&unix.S_IFMT == unix.S_IFDIR}, nil
+	return &Volume{Tree: t, Dir: st.Mode&unix.S_IFMT == unix.S_IFDIR}, nil
 }
 
 func (x *Executor) applyVolumeAttr(ctx context.Context, c *runtime.Container, m *runtime.Mount, t *os.File, attr unix.MountAttr) error {
@@ -261,7 +267,7 @@ func checkPropagation(m *runtime.Mount, userns bool) error {
 }
 
 // openImageVolume mounts the layers of an image read-only.
-func (x *Executor) openImageVolume(ctx context.Context, c *runtime.Container, m *runtime.Mount, iv runtime.ImageVolume) (*volume, error) {
+func (x *Executor) openImageVolume(ctx context.Context, c *runtime.Container, m *runtime.Mount, iv runtime.ImageVolume) (*Volume, error) {
 	fail := func(err error) error { return &runtime.ImageVolumeError{Path: m.ContainerPath, Err: err} }
 	r := runtime.Rootfs{Lower: iv.Lower}
 	var t *os.File
@@ -284,7 +290,7 @@ func (x *Executor) openImageVolume(ctx context.Context, c *runtime.Container, m 
 		_ = t.Close()
 		return nil, fail(err)
 	}
-	return &volume{tree: t, dir: st.Mode&unix.S_IFMT == unix.S_IFDIR}, nil
+	return &Volume{Tree: t, Dir: st.Mode&unix.S_IFMT == unix.S_IFDIR}, nil
 }
 
 // imageSubPath clones a folder of an image: attached for a moment in a private
@@ -406,14 +412,14 @@ func (p *place) mountCgroupV1() error {
 		return err
 	}
 	for _, v := range p.cgroups {
-		if err := unix.Mkdirat(int(t.Fd()), v.path, 0o755); err != nil {
-			return fmt.Errorf("make /sys/fs/cgroup/%s: %w", v.path, err)
+		if err := unix.Mkdirat(int(t.Fd()), v.Path, 0o755); err != nil {
+			return fmt.Errorf("make /sys/fs/cgroup/%s: %w", v.Path, err)
 		}
-		d, err := sys.OpenBeneath(t, v.path, unix.O_PATH|unix.O_DIRECTORY)
+		d, err := sys.OpenBeneath(t, v.Path, unix.O_PATH|unix.O_DIRECTORY)
 		if err != nil {
 			return err
 		}
-		err = sys.Attach(v.tree, d)
+		err = sys.Attach(v.Tree, d)
 		_ = d.Close()
 		if err != nil {
 			return err
@@ -540,29 +546,29 @@ func statfsParent(f *os.File, fs *unix.Statfs_t) error {
 func (p *place) mountVolumes(c *runtime.Container) error {
 	for _, v := range p.volumes {
 		if err := p.mountVolume(v, c); err != nil {
-			return errs.New(errs.Of(err), "volume %s: %w", v.path, err)
+			return errs.New(errs.Of(err), "volume %s: %w", v.Path, err)
 		}
 	}
 	return nil
 }
 
-func (p *place) mountVolume(v volume, c *runtime.Container) error {
-	if v.path == "/" || v.path == "/proc" {
-		return errs.New(errs.InvalidArgument, "a volume cannot take the place of %s", v.path)
+func (p *place) mountVolume(v Volume, c *runtime.Container) error {
+	if v.Path == "/" || v.Path == "/proc" {
+		return errs.New(errs.InvalidArgument, "a volume cannot take the place of %s", v.Path)
 	}
-	at, err := sys.EnsureInRoot(p.root, v.path, v.dir)
+	at, err := sys.EnsureInRoot(p.root, v.Path, v.Dir)
 	if err != nil {
 		return placeError(errs.FailedPrecondition, err)
 	}
 	defer func() { _ = at.Close() }()
-	if err := p.checkTarget(at, v.path, c); err != nil {
+	if err := p.checkTarget(at, v.Path, c); err != nil {
 		return err
 	}
 	var st unix.Stat_t
-	if err := unix.Fstat(int(at.Fd()), &st); err == nil && (st.Mode&unix.S_IFMT == unix.S_IFDIR) != v.dir {
-		return errs.New(errs.FailedPrecondition, "the source is %s and the place in the image is %s", kindName(v.dir), kindName(!v.dir))
+	if err := unix.Fstat(int(at.Fd()), &st); err == nil && (st.Mode&unix.S_IFMT == unix.S_IFDIR) != v.Dir {
+		return errs.New(errs.FailedPrecondition, "the source is %s and the place in the image is %s", kindName(v.Dir), kindName(!v.Dir))
 	}
-	return sys.Attach(v.tree, at)
+	return sys.Attach(v.Tree, at)
 }
 
 func kindName(dir bool) string {

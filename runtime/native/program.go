@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -14,46 +13,12 @@ import (
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/plan"
+	"github.com/naru-project/naru/runtime/stdio"
 )
 
 // Programs of the host are children of the worker: the daemon executes nothing,
 // and has given up some privileges that they may need. They see the daemon's
 // mounts and network. When the daemon dies they are killed.
-
-// runProgram runs a program to its end, without input and output, and with an
-// environment of its own. When ctx ends it gets SIGTERM and then grace to end.
-// A program that is not there is os.ErrNotExist.
-func (x *Executor) runProgram(ctx context.Context, grace time.Duration, args []string) error {
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0) //nolint:forbidigo // a path of the host
-	if err != nil {
-		return errs.New(errs.Internal, "open the null device: %w", err)
-	}
-	defer func() { _ = null.Close() }()
-	p, err := x.startProgram(ctx, [3]*os.File{null, null, null}, &process{args: args, env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, umask: 0o077})
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	exit, err := p.Wait(ctx)
-	if ctx.Err() != nil {
-		wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
-		defer cancel()
-		_ = unix.PidfdSendSignal(sys.FD(p.PIDFD), unix.SIGTERM, nil, 0)
-		if _, werr := p.Wait(wctx); wctx.Err() != nil && werr != nil {
-			_ = unix.PidfdSendSignal(sys.FD(p.PIDFD), unix.SIGKILL, nil, 0)
-		}
-		return errs.New(errs.Of(ctx.Err()), "%w", context.Cause(ctx))
-	}
-	switch {
-	case err != nil:
-		return err
-	case exit.Signal != 0:
-		return errs.New(errs.Internal, "%s was ended by signal %d", args[0], exit.Signal)
-	case exit.Status != 0:
-		return errs.New(errs.Internal, "%s ended with status %d", args[0], exit.Status)
-	}
-	return nil
-}
 
 // RunProgram runs a program to its end and returns what it printed. When ctx
 // ends, or it prints too much, it is killed with its whole process group. What
@@ -79,7 +44,7 @@ func (x *Executor) RunProgram(ctx context.Context, r program.Request) (_ program
 			return program.Result{}, errs.Wrap(errs.Internal, err)
 		}
 	}
-	p, err := x.startProgram(ctx, [3]*os.File{in, write[0], write[1]}, &process{
+	p, err := x.startProgram(ctx, programFiles{stdio: [3]*os.File{in, write[0], write[1]}}, &process{
 		args: []string{r.Path}, env: r.Env, umask: 0o022, oomScoreAdj: new(0),
 		rlimits: []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 4096}, {Type: "RLIMIT_CORE"}},
 	})
@@ -92,15 +57,15 @@ func (x *Executor) RunProgram(ctx context.Context, r program.Request) (_ program
 		cancel(errs.New(errs.ResourceExhausted, "it printed more than %d bytes", r.MaxOutput))
 	}}
 	var said head
-	var end ending
+	var end stdio.Ending
 	copied := make(chan struct{}, 2)
-	go func() { end.copy(out, read[0]); copied <- struct{}{} }()
-	go func() { end.copy(&said, read[1]); copied <- struct{}{} }()
+	go func() { end.Copy(out, read[0]); copied <- struct{}{} }()
+	go func() { end.Copy(&said, read[1]); copied <- struct{}{} }()
 	exit, err := p.Wait(ctx)
 	if err != nil {
 		killGroup(ctx, p) // also when the worker was lost: nobody would know of it any more
 	}
-	end.set(read[:]...)
+	end.Set(read[:]...)
 	_, _ = <-copied, <-copied
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -112,7 +77,7 @@ func (x *Executor) RunProgram(ctx context.Context, r program.Request) (_ program
 }
 
 // startProgram clones the process of a program.
-func (x *Executor) startProgram(ctx context.Context, stdio [3]*os.File, p *process) (*monitor.ExecProcess, error) {
+func (x *Executor) startProgram(ctx context.Context, files programFiles, p *process) (*monitor.ExecProcess, error) {
 	sr, sw, err := sys.Pipe(true)
 	if err != nil {
 		return nil, errs.Wrap(errs.Internal, err)
@@ -128,7 +93,8 @@ func (x *Executor) startProgram(ctx context.Context, stdio [3]*os.File, p *proce
 		return nil, errs.Wrap(errs.Internal, err)
 	}
 	defer func() { _ = net.Close() }()
-	l := programPlan(p, programFiles{status: sw, proc: x.proc, mnt: mnt, net: net, stdio: stdio})
+	files.status, files.proc, files.mnt, files.net = sw, x.proc, mnt, net
+	l := programPlan(p, files)
 	f, err := l.memfd()
 	if err != nil {
 		return nil, err
@@ -146,25 +112,39 @@ type programFiles struct {
 	status, proc *os.File
 	mnt, net     *os.File // namespaces to join
 	stdio        [3]*os.File
+	mounts       []Attachment // in a mount namespace of its own; none = it has the daemon's
+	binary       *os.File     // executed in place of what its first argument names
+	report       *os.File     // with binary: its descriptor 3
 }
 
 // programPlan: the daemon's network and mounts, the streams, execve.
 func programPlan(p *process, f programFiles) *launch {
 	l := newLaunch(f.status)
 	proc := l.slot("proc", f.proc)
-	var stdio [3]plan.Arg
+	var streams [3]plan.Arg
 	for i, name := range []string{"stdin", "stdout", "stderr"} {
-		stdio[i] = l.slot(name, f.stdio[i])
+		streams[i] = l.slot(name, f.stdio[i])
 	}
 	l.schedule()
 	l.setOOMScoreAdj(proc, p.oomScoreAdj)
 	l.Sys(plan.StageNamespaces, unix.SYS_SETNS, l.slot("net", f.net), plan.Int(unix.CLONE_NEWNET))
 	l.Sys(plan.StageNamespaces, unix.SYS_SETNS, l.slot("mnt", f.mnt), plan.Int(unix.CLONE_NEWNS))
-	l.stdio(stdio[0], stdio[1], stdio[2])
-	l.closeFiles()
+	l.attach(f.mounts)
+	var keep []int
+	var report, binary plan.Arg
+	if f.binary != nil {
+		report, binary = l.slot("report", f.report), l.slot("binary", f.binary)
+		keep = []int{l.Slots() - 2, l.Slots() - 1}
+	}
+	l.stdio(streams[0], streams[1], streams[2])
+	l.closeFiles(keep...)
 	l.inheritance(p)
 	l.session(p)
-	l.execute(p)
+	if f.binary != nil {
+		l.executeFile(p, binary, report)
+	} else {
+		l.execute(p)
+	}
 	return l
 }
 

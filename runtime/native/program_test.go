@@ -20,7 +20,7 @@ func TestRunProgram(t *testing.T) {
 	r := newRing(t)
 	file := filepath.Join(t.TempDir(), "out")
 	sh := func(script string) []string { return []string{"/bin/sh", "-c", script} }
-	if err := r.runProgram(t.Context(), time.Second, sh("{ env; ls /proc/self/fd; grep CapEff: /proc/self/status; grep SigIgn: /proc/self/status; } >"+file)); err != nil {
+	if err := r.RunTool(t.Context(), time.Second, Tool{Args: sh("{ env; ls /proc/self/fd; grep CapEff: /proc/self/status; grep SigIgn: /proc/self/status; } >" + file), Umask: 0o077}); err != nil {
 		t.Fatal(err)
 	}
 	b, err := os.ReadFile(file)
@@ -37,13 +37,13 @@ func TestRunProgram(t *testing.T) {
 	if strings.Contains(string(b), "HOME=") || strings.Contains(string(b), "\n4\n") {
 		t.Errorf("inherited:\n%s", b)
 	}
-	if err := r.runProgram(t.Context(), time.Second, sh("exit 7")); err == nil || !strings.Contains(err.Error(), "status 7") {
+	if err := r.RunTool(t.Context(), time.Second, Tool{Args: sh("exit 7"), Umask: 0o077}); err == nil || !strings.Contains(err.Error(), "status 7") {
 		t.Errorf("exit 7: %v", err)
 	}
-	if err := r.runProgram(t.Context(), time.Second, sh("kill -9 $$")); err == nil || !strings.Contains(err.Error(), "signal 9") {
+	if err := r.RunTool(t.Context(), time.Second, Tool{Args: sh("kill -9 $$"), Umask: 0o077}); err == nil || !strings.Contains(err.Error(), "signal 9") {
 		t.Errorf("killed: %v", err)
 	}
-	if err := r.runProgram(t.Context(), time.Second, []string{"/no/program"}); !errors.Is(err, fs.ErrNotExist) {
+	if err := r.RunTool(t.Context(), time.Second, Tool{Args: []string{"/no/program"}, Umask: 0o077}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("absent: %v", err)
 	}
 	for script, said := range map[string]bool{
@@ -52,7 +52,7 @@ func TestRunProgram(t *testing.T) {
 	} {
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		began := time.Now()
-		err := r.runProgram(ctx, time.Second, sh(script))
+		err := r.RunTool(ctx, time.Second, Tool{Args: sh(script), Umask: 0o077})
 		cancel()
 		b, _ := os.ReadFile(file)
 		if !errs.Is(err, errs.DeadlineExceeded) || time.Since(began) > 5*time.Second || (string(b) == "term\n") != said {

@@ -25,6 +25,7 @@ import (
 	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/stats"
+	"github.com/naru-project/naru/runtime/stdio"
 )
 
 // ring is an executor on the real kernel, with a real monitor.
@@ -278,7 +279,7 @@ func TestExecSync(t *testing.T) {
 		t.Errorf("background child: %+v %v after %s", res, err, time.Since(began))
 	}
 	res, err = r.ExecSync(t.Context(), c, runtime.ExecSpec{Args: []string{"head", "-c", "20000000", "/dev/zero"}})
-	if err != nil || len(res.Stdout) != maxOutput || res.Code != 0 {
+	if err != nil || len(res.Stdout) != stdio.MaxOutput || res.Code != 0 {
 		t.Errorf("capped output: %d bytes, code %d, %v", len(res.Stdout), res.Code, err)
 	}
 }

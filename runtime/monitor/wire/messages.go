@@ -5,7 +5,7 @@ import "github.com/naru-project/naru/internal/errs"
 // Versions of the three things that can meet in different releases.
 const (
 	ClientMin = 1 // daemon ↔ worker
-	ClientMax = 1
+	ClientMax = 2 // 2: KindTake
 	KeeperMin = 1 // keeper ↔ worker
 	KeeperMax = 2 // 2: KindBeat is answered
 	TableMin  = 1 // what a keeper leaves to the next one
@@ -36,6 +36,7 @@ const (
 	KindReply
 	KindExit     // event: a container ended
 	KindExecExit // event: an exec ended; Req is that of the exec
+	KindTake     // a process that another program made for the keeper
 )
 
 // Between keeper and worker.
@@ -185,6 +186,24 @@ func (m *Create) decode(d *Decoder) {
 	if m.Slots < 0 || m.Slots > MaxFDs {
 		d.Fail()
 	}
+}
+
+// Take travels with the files of Kept, FDPid among them.
+type Take struct {
+	ID   string
+	PID  int
+	TTY  bool
+	Kept uint32
+}
+
+func (m *Take) encode(e *Encoder) {
+	e.String(m.ID)
+	e.Int(m.PID)
+	e.Bool(m.TTY)
+	e.U32(m.Kept)
+}
+func (m *Take) decode(d *Decoder) {
+	m.ID, m.PID, m.TTY, m.Kept = d.String(), d.Int(), d.Bool(), d.U32()
 }
 
 // ID names the container of a request.

@@ -19,7 +19,7 @@ import (
 func bodies() map[Kind]Body {
 	x := &Exit{ID: "a", PID: 1, Status: 2, Signal: 3, Time: 4, Unknown: true}
 	return map[Kind]Body{
-		KindHello: &Hello{1, 2}, KindCreate: &Create{ID: "id", Clone: Clone{1, true, -1}, TwoStage: true, TTY: true, Slots: 7, Kept: 6},
+		KindHello: &Hello{1, 2}, KindTake: &Take{ID: "id", PID: 7, TTY: true, Kept: 1}, KindCreate: &Create{ID: "id", Clone: Clone{1, true, -1}, TwoStage: true, TTY: true, Slots: 7, Kept: 6},
 		KindStart: &ID{"x"}, KindExec: &Exec{Container: "c", Clone: Clone{5, false, 3}, TwoStage: true, Hold: true, Slots: 2, Status: true},
 		KindAttach: &Attach{"id", true, false, true}, KindSetLog: &Flag{"id", true}, KindExit: x,
 		KindEntry: &Entry{ID: "e", PID: 9, TTY: true, Started: true, Adopted: true, Exit: x, Mask: 0xfff, Dropped: 1 << 40},

@@ -54,6 +54,43 @@ func (w *worker) create(p *wire.Packet) (*container, error) {
 	return c, nil
 }
 
+// take gives the keeper a process that an OCI runtime made: its child, once
+// the runtime's program has ended. It has no gate; the program starts it.
+func (w *worker) take(p *wire.Packet) (*container, error) {
+	var m wire.Take
+	if err := wire.Unmarshal(p.Body, &m); err != nil {
+		return nil, errs.Wrap(errs.InvalidArgument, err)
+	}
+	const may = 1<<wire.FDPid | 1<<wire.FDStdin | 1<<wire.FDStdout | 1<<wire.FDStderr | 1<<wire.FDPty | 1<<wire.FDLog
+	c := &container{w: w, id: m.ID, pid: m.PID, tty: m.TTY, fds: wire.NoFDs(), ended: make(chan struct{}), starting: make(chan struct{}, 1)}
+	switch {
+	case !wire.ValidID(m.ID):
+		return nil, errs.New(errs.InvalidArgument, "container ID %q cannot name a file", m.ID)
+	case m.PID <= 1 || m.Kept&^may != 0 || m.Kept&(1<<wire.FDPid) == 0 || !c.fds.Fill(m.Kept, p.FDs):
+		return nil, errs.New(errs.InvalidArgument, "take of process %d came with %d files for the mask %#x", m.PID, len(p.FDs), m.Kept)
+	}
+	p.FDs = nil
+	err := w.reserve(c)
+	if err != nil {
+		wire.CloseAll(c.fds.List())
+		return nil, err
+	}
+	if err = makeLogFiles(&c.fds); err == nil {
+		var seq uint64
+		if seq, err = w.link.begin(); err == nil {
+			err = w.put(c, seq)
+		}
+	}
+	if err != nil {
+		w.mu.Lock()
+		delete(w.containers, c.id)
+		w.mu.Unlock()
+		c.remove()
+		return nil, err
+	}
+	return c, nil
+}
+
 // reserve enters c into the table; it becomes visible when it is ready.
 func (w *worker) reserve(c *container) error {
 	w.mu.Lock()
@@ -88,10 +125,15 @@ func (w *worker) clone(c *container, m *wire.Create, start *[]int) error {
 		return err
 	}
 	c.pid, c.fds[wire.FDPid] = child.pid, child.pidfd
+	return w.put(c, seq)
+}
+
+// put gives a container to the keeper and starts to copy its output.
+func (w *worker) put(c *container, seq uint64) error {
 	e := wire.Entry{ID: c.id, PID: c.pid, TTY: c.tty, Mask: c.fds.Mask()}
 	c.openOutput()
 	if err := w.link.call(wire.KindPut, seq, &e, c.fds.List()); err != nil {
-		_ = unix.PidfdSendSignal(child.pidfd, unix.SIGKILL, nil, 0)
+		_ = unix.PidfdSendSignal(c.fds[wire.FDPid], unix.SIGKILL, nil, 0)
 		return err
 	}
 	c.mu.Lock()
@@ -245,7 +287,11 @@ func (w *worker) start(id string) error {
 		return err
 	}
 	defer wire.CloseAll(fds)
-	if mask != 1<<wire.FDStatus|1<<wire.FDGate {
+	switch mask {
+	case 0: // taken: the runtime that made it has started it
+		return w.isStarted(c)
+	case 1<<wire.FDStatus | 1<<wire.FDGate:
+	default:
 		return errs.New(errs.FailedPrecondition, "container %s has no start gate", id)
 	}
 	status, gate := fds[0], fds[1]
@@ -257,13 +303,20 @@ func (w *worker) start(id string) error {
 	if err := w.readStatus(status, func(plan.Record) bool { return false }); err != nil {
 		return err
 	}
-	if err := w.link.call(wire.KindStarted, 0, &wire.ID{ID: id}, nil); err != nil {
+	if err := w.isStarted(c); err != nil {
+		return err
+	}
+	c.drop(wire.FDStatus)
+	c.drop(wire.FDGate)
+	return nil
+}
+
+func (w *worker) isStarted(c *container) error {
+	if err := w.link.call(wire.KindStarted, 0, &wire.ID{ID: c.id}, nil); err != nil {
 		return err
 	}
 	c.mu.Lock()
 	c.started = true
 	c.mu.Unlock()
-	c.drop(wire.FDStatus)
-	c.drop(wire.FDGate)
 	return nil
 }

@@ -19,9 +19,13 @@ func (s *conn) request(p *wire.Packet) {
 	switch p.Kind {
 	case wire.KindPing:
 		err = w.link.check()
-	case wire.KindCreate:
+	case wire.KindCreate, wire.KindTake:
+		begin := w.create
+		if p.Kind == wire.KindTake {
+			begin = w.take
+		}
 		var c *container
-		if c, err = w.create(p); err == nil {
+		if c, err = begin(p); err == nil {
 			s.created(p.Req, c)
 			return
 		}

@@ -1,4 +1,4 @@
-package native
+package stdio
 
 import (
 	"errors"
@@ -11,18 +11,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const (
+	// MaxOutput is how much of each stream a Capture keeps; the rest is read and
+	// thrown away (CRI: ExecSyncResponse; 16 MiB is the gRPC limit's worth).
+	MaxOutput = 16 << 20
+	// DrainTime is how long output is still read after the process has ended: a
+	// child it left behind may hold the pipe open for ever.
+	DrainTime = 250 * time.Millisecond
+)
+
 // maxTail bounds what is read of a stream after its process has ended: the
 // largest that a pipe holds by default (fs.pipe-max-size).
 const maxTail = 1 << 20
 
-// ending copies the output of a process, and its rest when the process has
+// Ending copies the output of a process, and its rest when the process has
 // ended: what lies in the pipe then is delivered however slowly it is taken,
 // what a process that was left behind goes on writing is not waited for.
-type ending struct{ at atomic.Pointer[time.Time] }
+type Ending struct{ at atomic.Pointer[time.Time] }
 
-// set says that the process has ended; files are those that are copied from.
-func (e *ending) set(files ...*os.File) {
-	t := time.Now().Add(drainTime)
+// Set says that the process has ended; files are those that are copied from.
+func (e *Ending) Set(files ...*os.File) {
+	t := time.Now().Add(DrainTime)
 	e.at.Store(&t)
 	for _, f := range files {
 		if f != nil {
@@ -35,8 +44,8 @@ func (e *ending) set(files ...*os.File) {
 // hardly a byte in them.
 var copyBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
-// copy copies until the stream or the time after the process's end is over.
-func (e *ending) copy(w io.Writer, r *os.File) {
+// Copy copies until the stream or the time after the process's end is over.
+func (e *Ending) Copy(w io.Writer, r *os.File) {
 	if w == nil {
 		w = io.Discard
 	}
@@ -51,7 +60,7 @@ func (e *ending) copy(w io.Writer, r *os.File) {
 				return
 			}
 			if now.After(*at) {
-				_ = r.SetReadDeadline(now.Add(drainTime)) // there is something, it will not wait
+				_ = r.SetReadDeadline(now.Add(DrainTime)) // there is something, it will not wait
 			} else {
 				_ = r.SetReadDeadline(*at)
 			}
