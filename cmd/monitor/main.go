@@ -1,9 +1,10 @@
 // Command naru-monitor supervises the containers of a node.
 //
-// It is one program in four roles: the keeper, parent of every container; the
+// It is one program in five roles: the keeper, parent of every container; the
 // worker, which the keeper starts; the guard, which stands in for an init
-// system; and the first process of pods that share one PID namespace. See
-// package runtime/monitor/keeper for what each does.
+// system; the first process of pods that share one PID namespace; and the
+// parent of an exec in a container of an OCI runtime. See the packages below
+// runtime/monitor for what each does.
 package main
 
 import (
@@ -16,6 +17,7 @@ import (
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime/monitor/keeper"
+	"github.com/naru-project/naru/runtime/monitor/reaper"
 	"github.com/naru-project/naru/runtime/monitor/worker"
 )
 
@@ -57,8 +59,9 @@ As a systemd unit: Type=exec, Restart=always, KillMode=process,
 SendSIGKILL=no, OOMScoreAdjust=-999, Delegate=yes, LimitNOFILE=1048576,
 ExecReload=/bin/kill -USR2 $MAINPID.
 
-Other subcommands are for naru-monitor itself: worker (started by the keeper)
-and pause (first process of a shared PID namespace).
+Other subcommands are for naru-monitor itself: worker (started by the keeper),
+pause (first process of a shared PID namespace) and exec (parent of an exec in
+a container of an OCI runtime).
 `
 
 func main() {
@@ -94,6 +97,8 @@ func run(args []string, out io.Writer) error {
 	case "worker":
 		sys.RelaxTimers()
 		return worker.Run(version)
+	case "exec":
+		return reaper.Run(args)
 	case "version", "--version":
 		if len(args) > 0 && args[0] == "--protocol" {
 			_, err := io.WriteString(out, keeper.Protocols())
