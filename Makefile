@@ -53,7 +53,7 @@ test: check-root check-test build build-all lint critest critest-benchmark demo 
 	@echo "PASS: make test"
 
 .PHONY: test-nightly
-test-nightly: test critest-cni fuzz kubelet-e2e test-vm test-cgroup2 ## make test, then critest with CNI, every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine
+test-nightly: test critest-cni fuzz kubelet-e2e test-vm test-cgroup2 test-oci ## make test, then critest with CNI, every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine, containers by runc
 	@$(GO) test -race -count=3 -timeout 60m ./...
 	@echo "PASS: make test-nightly"
 
@@ -87,12 +87,17 @@ lint: check-go $(bin)/golangci-lint ## golangci-lint with the rules of .golangci
 	@GOARCH=arm64 $(GO) vet ./...
 
 .PHONY: critest
-critest: check-root check-test build cri-tools hack-tools ## Kubernetes' CRI conformance tests; FOCUS='text', PEER=containerd, PARALLEL=2, CNI=1
+critest: check-root check-test build cri-tools hack-tools ## Kubernetes' CRI conformance tests; FOCUS='text', PEER=containerd, HANDLER=runc, PARALLEL=2, CNI=1
 	@hack/critest.sh
 
 .PHONY: critest-cni
 critest-cni: check-root check-test build cri-tools hack-tools ## The same with the pods' network made by Debian's CNI plugins
 	@CNI=1 hack/critest.sh
+
+.PHONY: test-oci
+test-oci: check-root check-test build cri-tools hack-tools ## critest, and the tests of pods, with containers made by runc
+	@HANDLER=runc hack/critest.sh
+	@NARU_OCI=$$(command -v runc) $(GO) test -count=1 -timeout 20m -run 'TestPod' ./test/ring
 
 .PHONY: critest-benchmark
 critest-benchmark: check-root check-test build cri-tools hack-tools ## critest's own benchmarks, BENCHMARK=20 of each kind

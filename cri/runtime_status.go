@@ -22,11 +22,15 @@ func (s *Server) Status(ctx context.Context, req *criv1.StatusRequest) (*criv1.S
 		},
 	}
 	for _, name := range s.handlers() {
+		userns := s.host.UserNamespaces
+		if s.cfg.UserNamespaces != nil {
+			userns = userns && s.cfg.UserNamespaces(name)
+		}
 		out.RuntimeHandlers = append(out.RuntimeHandlers, &criv1.RuntimeHandler{
 			Name: name,
 			Features: &criv1.RuntimeHandlerFeatures{
 				RecursiveReadOnlyMounts: s.host.RecursiveReadOnlyMounts,
-				UserNamespaces:          s.host.UserNamespaces,
+				UserNamespaces:          userns,
 			},
 		})
 	}

@@ -21,10 +21,12 @@ const (
 
 // Config of the CRI edge.
 type Config struct {
-	Version   string           // of Naru, a semantic version set by the build; empty = 0.0.0-dev
-	Handlers  []string         // runtime handlers besides "" and "naru"; SetHandlers changes them
-	Streaming streaming.Config // zero values stand for its defaults
-	AllowGIDs []uint32         // groups that may use the socket besides root
+	Version  string   // of Naru, a semantic version set by the build; empty = 0.0.0-dev
+	Handlers []string // runtime handlers besides "" and "naru"; SetHandlers changes them
+	// UserNamespaces tells whether pods of a handler can have one; nil: as the host.
+	UserNamespaces func(handler string) bool
+	Streaming      streaming.Config // zero values stand for its defaults
+	AllowGIDs      []uint32         // groups that may use the socket besides root
 	// Verbose is the effective configuration as Status shows it when asked to
 	// be verbose; it must hold no secrets. Nil = none.
 	Verbose func() any

@@ -55,6 +55,11 @@ func TestStatus(t *testing.T) {
 	if diff := cmp.Diff(want, out, protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}
+	s.cfg.UserNamespaces = func(handler string) bool { return handler != "runc" }
+	out, err = s.Status(t.Context(), &criv1.StatusRequest{})
+	if err != nil || len(out.RuntimeHandlers) != 3 || !out.RuntimeHandlers[1].Features.UserNamespaces || out.RuntimeHandlers[2].Features.UserNamespaces || !out.RuntimeHandlers[2].Features.RecursiveReadOnlyMounts {
+		t.Errorf("with a runtime that has no user namespaces: %v, %v", out, err)
+	}
 	pods.notReady = "NoPodCIDR"
 	s.cfg.Health = func() error { return errors.New("the monitor is gone") }
 	out, err = s.Status(t.Context(), &criv1.StatusRequest{Verbose: true})

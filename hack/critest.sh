@@ -4,6 +4,8 @@
 # and served from a registry on loopback. Nothing on the machine is changed.
 #   hack/critest.sh [critest flags]
 # Variables: PEER=containerd   run against Debian's containerd instead
+#            HANDLER=runc      pods with this runtime handler, an OCI runtime of
+#                              that name in PATH
 #            PARALLEL=2        test nodes (1 = no ginkgo command)
 #            FOCUS='text'      only the specs whose name matches
 #            CNI=1             the pods' network by Debian's CNI plugins
@@ -49,6 +51,10 @@ say "critest against $(crictl version | awk -F': *' '/RuntimeName|RuntimeVersion
 flags=(-config /nonexistent -runtime-endpoint "$endpoint" -image-endpoint "$endpoint" -ginkgo.no-color
 	"-ginkgo.junit-report=$work/junit.xml" "-ginkgo.timeout=${CRITEST_TIMEOUT:-10m}")
 [ "$parallel" = 1 ] || flags+=("-parallel=$parallel")
+if [ -n "${HANDLER:-}" ]; then
+	need "$HANDLER"
+	flags+=("-runtime-handler=$HANDLER")
+fi
 [ -z "${FOCUS:-}" ] || flags+=("-ginkgo.focus=$FOCUS")
 if [ -n "${BENCHMARK:-}" ]; then
 	parallel=1 LEAST=${LEAST:-5}
@@ -79,7 +85,7 @@ say "critest took $(since "$t") s and ended with $rc"
 [ -s "$work/junit.xml" ] || { tail -40 "$work/log/critest" >&2; die "critest left no report"; }
 if [ -n "${REPORT:-}" ]; then cp "$work/junit.xml" "$REPORT"; rm -rf "$REPORT.logs"; cp -r "$work/log" "$REPORT.logs"; fi
 
-check=(--expected "$top/hack/critest-$target.expected")
+check=(--expected "$top/hack/critest-${HANDLER:-$target}.expected")
 least=${LEAST:-105}
 if [ -n "${FOCUS:-}${BENCHMARK:-}" ] || [ "$target" != naru ]; then check=() least=${LEAST:-1}; fi
 rc=0

@@ -45,6 +45,7 @@ naru_config() {
 	[runtime]
 	monitor = "$bin/naru-monitor"
 	EOF
+	[ -z "${HANDLER:-}" ] || printf '[handlers.%s]\nkind = "oci"\npath = "%s"\n' "$HANDLER" "$(type -P "$HANDLER")" >>"$work/config.toml"
 }
 
 # naru_up starts it and waits until it answers.

@@ -64,7 +64,7 @@ func (m *Manager) buildContainer(w *containerWork) error {
 	}
 	w.user = user
 	w.rc = &runtime.Container{
-		ID: w.c.id, SandboxID: w.pod.ID, Spec: oci, Resources: cfg.Resources, Rootfs: w.rootfs, Mounts: mounts, Images: images,
+		ID: w.c.id, Handler: w.pod.Config.Handler, SandboxID: w.pod.ID, Spec: oci, Resources: cfg.Resources, Rootfs: w.rootfs, Mounts: mounts, Images: images,
 		Namespaces: h.Namespaces, PIDMode: mode, TargetID: targetID, Cgroup: w.c.cgroup,
 		UIDMap: p.UIDMap, GIDMap: p.GIDMap, Shm: h.Shm, EtcFiles: h.EtcFiles,
 		LogPath: w.c.snap.Load().LogPath, TTY: cfg.TTY, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,

@@ -27,6 +27,9 @@ import (
 type Config struct {
 	StateDir string // lasting folder: pods/, containers/, quarantine/, checkpoints/
 	RunDir   string // folder of this boot: specs/, profiles/
+	// CheckHandler tells why no pod can be run by a handler, with a user
+	// namespace or without; nil: any can.
+	CheckHandler func(ctx context.Context, handler string, userns bool) error
 	// WritableMountpoint is the mount point of the file system that writable
 	// layers are on, for statistics.
 	WritableMountpoint string

@@ -162,6 +162,12 @@ func (m *Manager) runSandbox(ctx context.Context, k *call) error {
 	}
 	defer p.op.unlock()
 
+	if m.cfg.CheckHandler != nil {
+		k.op.enter(ctx, "runtime handler")
+		if err := m.cfg.CheckHandler(ctx, c.Handler, len(c.UIDMap) > 0); err != nil {
+			return fmt.Errorf("run sandbox %s: %w", podName(c), err)
+		}
+	}
 	k.op.enter(ctx, "record")
 	m.table.addPod(p)
 	if err := m.putPod(p, p.snap.Load(), false); err != nil {

@@ -1,9 +1,10 @@
 // Package runtime is about running processes: what a container is asked to be
 // (the types in this file), the pure builder that makes an OCI spec of it
 // (runtime/spec), the native executor that turns the spec into a plan of
-// system calls and runs it (runtime/native, runtime/plan), the small monitor
-// that keeps the processes (runtime/monitor), their cgroups, statistics,
-// seccomp filters and logs.
+// system calls and runs it (runtime/native, runtime/plan), the one that has an
+// OCI runtime do it (runtime/ocicli), the small monitor that keeps the
+// processes (runtime/monitor), their streams, cgroups, statistics, seccomp
+// filters and logs.
 //
 // It must not know about pods as records, CRI or images: a container arrives
 // here with its layer folders and namespaces as paths and file descriptors.
@@ -179,7 +180,8 @@ func (e *ImageVolumeError) Unwrap() error { return e.Err }
 // an ordinary OCI runtime spec made by runtime/spec; the fields beside it are
 // what OCI has no place for.
 type Container struct {
-	ID         string              `json:"id"` // 64 lowercase hex digits
+	ID         string              `json:"id"`                // 64 lowercase hex digits
+	Handler    string              `json:"handler,omitempty"` // the pod's runtime handler
 	Spec       *specs.Spec         `json:"spec"`
 	Rootfs     Rootfs              `json:"rootfs"`
 	Mounts     []Mount             `json:"mounts,omitempty"`        // CRI volumes, in order; not repeated in Spec's execution

@@ -52,8 +52,15 @@ func doctorConfig(cfg *config.Config) doctor.Config {
 	for _, name := range slices.Sorted(maps.Keys(cfg.Network.CNI.HandlerConfDirs)) {
 		dirs = append(dirs, cfg.Network.CNI.HandlerConfDirs[name])
 	}
+	handlers := map[string]string{}
+	for name, h := range cfg.Handlers {
+		if h.Kind == "oci" {
+			handlers[name] = h.Path
+		}
+	}
 	return doctor.Config{
-		Root: cfg.Root, Run: cfg.Run, Socket: cfg.Socket, CgroupDriver: cfg.Cgroup.Driver, Table: cfg.Network.Table,
+		Handlers: handlers,
+		Root:     cfg.Root, Run: cfg.Run, Socket: cfg.Socket, CgroupDriver: cfg.Cgroup.Driver, Table: cfg.Network.Table,
 		Plugin: cfg.Network.Plugin, CNIDirs: dirs, CNIBinDirs: cfg.Network.CNI.BinDirs, CNIState: filepath.Join(cfg.Root, "cni"),
 		UserNS:  cfg.Runtime.UserNamespaces,
 		Monitor: func() (string, error) { return monitorBinary(cfg.Runtime.Monitor) },

@@ -16,6 +16,7 @@ import (
 	"github.com/naru-project/naru/internal/config"
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/pod"
+	"github.com/naru-project/naru/runtime/ocicli"
 	"github.com/naru-project/naru/sandbox"
 )
 
@@ -27,6 +28,7 @@ type live struct {
 	images    images.Live
 	network   sandbox.Live
 	pods      pod.Live
+	executors ocicli.Live
 	handlers  []string
 	criu      string
 }
@@ -46,9 +48,23 @@ func liveOf(cfg *config.Config) live {
 		pods: pod.Live{
 			Sync: cfg.SyncRecs, Handlers: append([]string{"", "naru"}, handlers...), CDIDirs: cfg.CDI.SpecDirs, CDIAnnotations: cfg.CDI.Annotations,
 		},
-		handlers: handlers,
-		criu:     cfg.Runtime.CRIU,
+		executors: executorsOf(cfg),
+		handlers:  handlers,
+		criu:      cfg.Runtime.CRIU,
 	}
+}
+
+// executorsOf sorts the runtime handlers by who runs them.
+func executorsOf(cfg *config.Config) ocicli.Live {
+	l := ocicli.Live{Native: []string{"", "naru"}}
+	for name, h := range cfg.Handlers {
+		if h.Kind == "native" {
+			l.Native = append(l.Native, name)
+			continue
+		}
+		l.Handlers = append(l.Handlers, ocicli.Handler{Name: name, Path: h.Path, Args: h.Args})
+	}
+	return l
 }
 
 // setting brings one part of the daemon to a new configuration. Setting it
@@ -68,7 +84,7 @@ func (d *daemon) settings() []setting {
 		{"the log", func(l live) error { return setVerbosity(l.verbosity) }},
 		{"images", sure(func(l live) { d.images.Reconfigure(l.images) })},
 		{"pods", sure(func(l live) { d.pods.Reconfigure(l.pods) })},
-		{"the executor", sure(func(l live) { d.exec.SetCRIU(l.criu) })},
+		{"the executor", sure(func(l live) { d.exec.SetCRIU(l.criu); d.exec.Reconfigure(l.executors) })},
 		{"the CRI server", sure(func(l live) { d.server.SetHandlers(l.handlers) })},
 	}
 }
@@ -122,6 +138,7 @@ func (d *daemon) tryReload() ([]config.Change, error) {
 		return nil, err
 	}
 	d.now.Store(cfg)
+	d.exec.Probe(context.Background()) // has its own deadlines
 	return changes, nil
 }
 

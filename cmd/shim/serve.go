@@ -31,6 +31,7 @@ import (
 	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/monitor"
 	"github.com/naru-project/naru/runtime/native"
+	"github.com/naru-project/naru/runtime/ocicli"
 	"github.com/naru-project/naru/runtime/spec"
 	"github.com/naru-project/naru/runtime/stats"
 	"github.com/naru-project/naru/sandbox"
@@ -42,6 +43,9 @@ const shutdownTime = 20 * time.Second
 // healthTime bounds the question to the monitor that each Status call asks.
 const healthTime = 2 * time.Second
 
+// probeWait is how long the start waits for what OCI runtimes say of themselves.
+const probeWait = 2 * time.Second
+
 // daemon is everything that serves, in the order in which it is made.
 type daemon struct {
 	file    string                        // of the configuration
@@ -51,7 +55,7 @@ type daemon struct {
 	cgroups *cgroup.Driver
 	monitor *monitor.Client
 	given   spec.Host // what containers can get
-	exec    *native.Executor
+	exec    *ocicli.Executor
 	sandbox *sandbox.Manager
 	images  *images.Store
 	pods    *pod.Manager
@@ -183,13 +187,15 @@ func (d *daemon) reachMonitor(ctx context.Context) (err error) {
 	return err
 }
 
-func (d *daemon) openExecutor(context.Context) (err error) {
-	d.exec, err = native.New(native.Config{
+func (d *daemon) openExecutor(context.Context) error {
+	x, err := native.New(native.Config{
 		RunDir: d.cfg.Run, Cgroups: d.cgroups, Monitor: d.monitor, Stats: stats.New(d.cgroups), OOMScoreFloor: d.given.MinOOMScoreAdj, CRIU: liveOf(d.cfg).criu,
 	})
-	if err == nil {
-		d.closers = append(d.closers, d.exec.Close)
+	if err != nil {
+		return err
 	}
+	d.closers = append(d.closers, x.Close)
+	d.exec, err = ocicli.New(x, ocicli.Config{RunDir: d.cfg.Run, Cgroups: d.cgroups, UserNamespaces: d.userNamespaces(), Live: liveOf(d.cfg).executors})
 	return err
 }
 
@@ -235,7 +241,7 @@ func (d *daemon) openSandboxes(ctx context.Context) (err error) {
 	c.Plugin = n.Plugin
 	c.CNI.ConfDir, c.CNI.BinDirs, c.CNI.StateDir, c.CNI.HandlerDirs = n.CNI.ConfDir, n.CNI.BinDirs, filepath.Join(d.cfg.Root, "cni"), n.CNI.HandlerConfDirs
 	c.CNI.Timeout, c.CNI.StatusTimeout, c.CNI.StatusEvery = n.CNI.Timeout.D(), n.CNI.StatusTimeout.D(), n.CNI.StatusInterval.D()
-	if d.sandbox, err = sandbox.New(c, sandbox.Deps{Namespaces: native.Maker{X: d.exec}, Programs: d.exec}); err != nil {
+	if d.sandbox, err = sandbox.New(c, sandbox.Deps{Namespaces: native.Maker{X: d.exec.Executor}, Programs: d.exec}); err != nil {
 		return err
 	}
 	if err := d.sandbox.Start(ctx); err != nil {
@@ -252,14 +258,14 @@ func (d *daemon) openPods(context.Context) (err error) {
 	}
 	d.pods, err = pod.New(pod.Config{
 		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), SpecHost: d.given,
-		WritableMountpoint: fs.Mountpoint, Live: liveOf(d.cfg).pods,
+		WritableMountpoint: fs.Mountpoint, CheckHandler: d.exec.CheckHandler, Live: liveOf(d.cfg).pods,
 	}, pod.Deps{Executor: d.exec, Sandboxes: d.sandbox, Images: d.images, Cgroups: d.cgroups})
 	return err
 }
 
 func (d *daemon) openServer(context.Context) error {
 	d.server = cri.New(cri.Config{
-		Version: version, Handlers: liveOf(d.cfg).handlers, Verbose: func() any { return d.now.Load() },
+		Version: version, Handlers: liveOf(d.cfg).handlers, UserNamespaces: d.exec.UserNamespaces, Verbose: func() any { return d.now.Load() },
 		Streaming: streaming.Config{Addr: d.cfg.Stream.Address},
 		Health:    d.health,
 	}, d.pods, d.images, d.host())
@@ -301,10 +307,19 @@ func (d *daemon) serve(ctx context.Context, hup <-chan os.Signal) error {
 	wg.Go(func() { served <- g.Serve(l) })
 	wg.Go(func() { served <- d.server.Streams().Serve() })
 
+	probed := make(chan struct{})
+	wg.Go(func() {
+		defer close(probed)
+		d.exec.Probe(ctx)
+	})
 	report := d.pods.Recover(ctx)
 	klog.InfoS("Recovered", "pods", report.Pods, "containers", report.Containers, "undone", report.Undone, "ended", report.Ended,
 		"lost", report.Lost, "orphans", report.Orphans, "quarantined", report.Quarantined, "problems", report.Problems, "took", report.Took)
 	wg.Go(func() { d.pods.Run(ctx) })
+	select {
+	case <-probed:
+	case <-time.After(probeWait): // a runtime that hangs is told of by its handler
+	}
 	d.server.SetReady()
 	klog.InfoS("Serving", "socket", d.cfg.Socket, "version", version)
 	notify.Ready()
@@ -352,11 +367,15 @@ func (d *daemon) close() error {
 // host tells the CRI edge what this node can do. The kernel is 5.12 or newer:
 // openat2, clone3 and mount_setattr are needed to run any container at all.
 func (d *daemon) host() cri.Host {
-	userns := d.cfg.Runtime.UserNamespaces && userNamespacesAllowed()
+	userns := d.userNamespaces()
 	return cri.Host{
 		SystemdCgroups: d.cgroups.Systemd(), RecursiveReadOnlyMounts: true, MountOptions: true,
 		UserNamespaces: userns, UserNamespacesHostNetwork: userns,
 	}
+}
+
+func (d *daemon) userNamespaces() bool {
+	return d.cfg.Runtime.UserNamespaces && userNamespacesAllowed()
 }
 
 func userNamespacesAllowed() bool {

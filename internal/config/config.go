@@ -66,7 +66,7 @@ type Config struct {
 	Runtime  Runtime            `toml:"runtime"`
 	CDI      CDI                `toml:"cdi"`
 	Stream   Streaming          `toml:"streaming"`
-	Handlers map[string]Handler `toml:"handlers" reload:"live" comment:"Further runtime handlers for RuntimeClass, by name. \"\" and \"naru\" are built in."`
+	Handlers map[string]Handler `toml:"handlers" reload:"live" comment:"Further runtime handlers for RuntimeClass, by name, each a table [handlers.NAME] with kind (native, oci), path and args; \"\" and \"naru\" are built in. For example [handlers.runc] with kind = 'oci' and path = '/usr/sbin/runc'."`
 }
 
 // Log of the daemon.
@@ -136,7 +136,14 @@ type Streaming struct {
 
 // Handler is one runtime handler.
 type Handler struct {
-	Kind string `toml:"kind" comment:"\"native\"; \"oci\" is reserved."`
+	Kind string   `toml:"kind" comment:"\"native\", or \"oci\": an OCI runtime (runc, crun) by its command line."`
+	Path string   `toml:"path,omitempty" comment:"oci: absolute path of the runtime's program."`
+	Args []string `toml:"args,omitempty" comment:"oci: global options of the program, before its command. Naru itself gives --root, --log, --log-format and, with that cgroup driver, --systemd-cgroup."`
+}
+
+// String is for messages.
+func (h Handler) String() string {
+	return "{" + strings.Join(append(strings.Fields(h.Kind+" "+h.Path), h.Args...), " ") + "}"
 }
 
 // Default returns the configuration of an installation without a file.
@@ -321,15 +328,38 @@ func (c *Config) Validate() error {
 		}
 	}
 	for name, h := range c.Handlers {
-		if h.Kind != "native" {
-			bad("handlers."+name+".kind", "%q is not available yet; this release has \"native\"", h.Kind)
-		}
-		if name == "runc" || name == "crun" {
-			bad("handlers."+name, "the names runc and crun are reserved for handlers of kind oci")
-		}
+		validateHandler(name, &h, bad)
 	}
 	sort.Slice(all, func(i, j int) bool { return all[i].Error() < all[j].Error() })
 	return errors.Join(all...)
+}
+
+func validateHandler(name string, h *Handler, bad func(key, format string, args ...any)) {
+	key := "handlers." + name
+	// The name is a folder's, and a label's in Kubernetes (RFC 1123).
+	if name == "" || name == "naru" || len(name) > 63 || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || strings.Trim(name, "-") != name {
+		bad(key, "%q is no name for a handler: want lowercase letters, digits and '-', and not \"naru\", which is built in", name)
+	}
+	switch h.Kind {
+	case "native":
+		if name == "runc" || name == "crun" {
+			bad(key, "the names runc and crun are reserved for handlers of kind oci")
+		}
+		if h.Path != "" || len(h.Args) > 0 {
+			bad(key, "path and args are for kind \"oci\"")
+		}
+	case "oci":
+		if !filepath.IsAbs(h.Path) {
+			bad(key+".path", "%q is not the absolute path of an OCI runtime's program", h.Path)
+		}
+		for _, a := range h.Args {
+			if !strings.HasPrefix(a, "-") || strings.ContainsRune(a, 0) {
+				bad(key+".args", "%q is not an option; write --option=value", a)
+			}
+		}
+	default:
+		bad(key+".kind", "%q is none of native, oci", h.Kind)
+	}
 }
 
 // The names that the network gives to things of the kernel.

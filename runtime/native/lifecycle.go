@@ -203,36 +203,53 @@ func (x *Executor) procDir(pid int, pidfd *os.File) (*os.File, error) {
 	return d, nil
 }
 
-// startTime reads field 22 of /proc/PID/stat (proc_pid_stat(5)): clock ticks
-// since boot.
+// startTime is when a process was started: clock ticks since boot.
 func startTime(proc *os.File, pid int) (uint64, error) {
-	f, err := sys.OpenBeneath(proc, itoa(pid)+"/stat", unix.O_RDONLY)
+	dir, err := sys.OpenBeneath(proc, itoa(pid), unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
 		return 0, errs.New(errs.NotFound, "process %d is gone: %w", pid, err)
+	}
+	defer func() { _ = dir.Close() }()
+	s, err := readStat(dir)
+	return s.start, err
+}
+
+// stat is what is wanted of /proc/PID/stat (proc_pid_stat(5), fields 4 and 22).
+type stat struct {
+	parent int
+	start  uint64
+}
+
+func readStat(dir *os.File) (stat, error) {
+	f, err := sys.OpenBeneath(dir, "stat", unix.O_RDONLY)
+	if err != nil {
+		return stat{}, errs.New(errs.NotFound, "process %s is gone: %w", dir.Name(), err)
 	}
 	defer func() { _ = f.Close() }()
 	buf := make([]byte, 1024)
 	n, err := f.Read(buf)
 	if err != nil {
-		return 0, errs.New(errs.NotFound, "process %d is gone: %w", pid, err)
+		return stat{}, errs.New(errs.NotFound, "process %s is gone: %w", dir.Name(), err)
 	}
-	return parseStartTime(buf[:n])
+	return parseStat(buf[:n])
 }
 
-// parseStartTime finds the field behind the last ')': the name before it may
-// hold anything.
-func parseStartTime(stat []byte) (uint64, error) {
-	i := bytes.LastIndexByte(stat, ')')
+// parseStat finds the fields behind the last ')': the name before it may hold
+// anything.
+func parseStat(line []byte) (s stat, err error) {
+	i := bytes.LastIndexByte(line, ')')
 	if i < 0 {
-		return 0, errs.New(errs.Internal, "stat line without a name")
+		return s, errs.New(errs.Internal, "stat line without a name")
 	}
-	f := bytes.Fields(stat[i+1:])
+	f := bytes.Fields(line[i+1:])
 	if len(f) < 20 {
-		return 0, errs.New(errs.Internal, "stat line with %d fields", len(f)+2)
+		return s, errs.New(errs.Internal, "stat line with %d fields", len(f)+2)
 	}
-	v, err := strconv.ParseUint(string(f[19]), 10, 64)
+	if s.parent, err = strconv.Atoi(string(f[1])); err == nil {
+		s.start, err = strconv.ParseUint(string(f[19]), 10, 64)
+	}
 	if err != nil {
-		return 0, errs.New(errs.Internal, "start time in a stat line: %w", err)
+		return s, errs.New(errs.Internal, "parent and start time in a stat line: %w", err)
 	}
-	return v, nil
+	return s, nil
 }

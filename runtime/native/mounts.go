@@ -465,6 +465,21 @@ func (p *place) mountDev(c *runtime.Container) error {
 // root is read-only they are shown through a second, writable mount of the
 // same overlay: their content is there without a copy.
 func (p *place) makeVolumes(c *runtime.Container) error {
+	return p.eachVolume(c, func(_ string, d *os.File) error {
+		if c.Spec.Root == nil || !c.Spec.Root.Readonly {
+			return nil
+		}
+		t, err := sys.CloneTree(int(d.Fd()), "", false)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = t.Close() }()
+		return sys.Attach(t, d)
+	})
+}
+
+// eachVolume makes the folder of each VOLUME of the image that no mount covers.
+func (p *place) eachVolume(c *runtime.Container, f func(name string, d *os.File) error) error {
 	own := map[string]bool{}
 	for _, m := range c.Mounts {
 		own[path.Clean("/"+m.ContainerPath)] = true
@@ -477,13 +492,8 @@ func (p *place) makeVolumes(c *runtime.Container) error {
 		if err != nil {
 			return placeError(errs.InvalidArgument, fmt.Errorf("VOLUME %s of the image: %w", v, err))
 		}
-		err = p.checkTarget(d, v, c)
-		if err == nil && c.Spec.Root != nil && c.Spec.Root.Readonly {
-			var t *os.File
-			if t, err = sys.CloneTree(int(d.Fd()), "", false); err == nil {
-				err = sys.Attach(t, d)
-				_ = t.Close()
-			}
+		if err = p.checkTarget(d, v, c); err == nil {
+			err = f(v, d)
 		}
 		_ = d.Close()
 		if err != nil {
@@ -491,6 +501,32 @@ func (p *place) makeVolumes(c *runtime.Container) error {
 		}
 	}
 	return nil
+}
+
+// PrepareRoot looks at a root file system that is attached nowhere yet before an
+// OCI runtime mounts anything in it: what the runtime mounts on must not lead
+// elsewhere (CVE-2019-19921; CVE-2026-41579 of runc, which follows a link in
+// place of /dev to the host). It makes the folders that c's image declares as
+// VOLUME, and lists them.
+func PrepareRoot(root *os.File, c *runtime.Container) (volumes []string, err error) {
+	err = sys.OnThread(func() error {
+		unix.Umask(0o022) //nolint:forbidigo // on a thread of its own (sys.OnThread)
+		if uid, gid := hostID(c.UIDMap, 0), hostID(c.GIDMap, 0); uid != 0 || gid != 0 {
+			if err := sys.ActAs(uid, gid); err != nil {
+				return err
+			}
+		}
+		for _, name := range []string{"/proc", "/sys", "/dev"} {
+			d, err := sys.OpenRealDir(root, name)
+			if err != nil {
+				return placeError(errs.InvalidArgument, err)
+			}
+			_ = d.Close()
+		}
+		p := &place{root: root}
+		return p.eachVolume(c, func(name string, _ *os.File) error { volumes = append(volumes, name); return nil })
+	})
+	return volumes, err
 }
 
 // checkTarget refuses a mount point that turns out to lie in procfs, sysfs or

@@ -153,17 +153,17 @@ func TestCandidates(t *testing.T) {
 	}
 }
 
-func FuzzParseStartTime(f *testing.F) {
+func FuzzParseStat(f *testing.F) {
 	f.Add([]byte("1 (a b) c) S 1 1 1 0 -1 4194560 1 1 1 1 1 1 1 1 20 0 1 0 4242 1 1"))
 	f.Add([]byte(")"))
 	f.Fuzz(func(t *testing.T, p []byte) {
-		_, _ = parseStartTime(p)
+		_, _ = parseStat(p)
 	})
 }
 
-func TestParseStartTime(t *testing.T) {
-	v, err := parseStartTime([]byte("1 (a b) c) S 1 1 1 0 -1 4194560 1 1 1 1 1 1 1 1 20 0 1 0 4242 1 1"))
-	if err != nil || v != 4242 {
-		t.Errorf("%d %v", v, err)
+func TestParseStat(t *testing.T) {
+	v, err := parseStat([]byte("1 (a b) c) S 1 1 1 0 -1 4194560 1 1 1 1 1 1 1 1 20 0 1 0 4242 1 1"))
+	if err != nil || v != (stat{parent: 1, start: 4242}) {
+		t.Errorf("%+v %v", v, err)
 	}
 }

@@ -104,7 +104,7 @@ func stdinFIFO(path string) (r, w *os.File, err error) {
 // O_NOFOLLOW: the container's descriptor would show it (F_GETFL), and criu
 // could not open it anew through /proc/self/fd.
 func openFIFO(path string, flags int) (*os.File, error) {
-	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0) //nolint:forbidigo // a path of ours, made a moment ago
+	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, errs.New(errs.Internal, "open FIFO %s: %w", path, err)
 	}
@@ -117,7 +117,7 @@ func OpenLog(path string) (*os.File, error) {
 	if path == "" {
 		return nil, nil
 	}
-	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0o640) //nolint:forbidigo // a path of ours; the last component is not followed
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0o640)
 	if err != nil {
 		return nil, errs.New(errs.FailedPrecondition, "open log file %s: %w", path, err)
 	}

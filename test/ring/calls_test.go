@@ -37,7 +37,7 @@ func (n *Node) TryPod(t testing.TB, mutate func(*criv1.PodSandboxConfig)) (strin
 	if err := os.MkdirAll(c.LogDirectory, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	r, err := n.Runtime.RunPodSandbox(within(t, callTime), &criv1.RunPodSandboxRequest{Config: c})
+	r, err := n.Runtime.RunPodSandbox(within(t, callTime), &criv1.RunPodSandboxRequest{Config: c, RuntimeHandler: n.handler})
 	if err != nil {
 		return "", err
 	}

@@ -50,6 +50,8 @@ type Node struct {
 	NftTable string
 	Links    string // prefix of host interfaces
 
+	handler string // of pods that the node's methods run
+
 	opts    options
 	keeper  *process
 	daemon  *process
@@ -66,6 +68,7 @@ type options struct {
 	env     []string
 	binary  string
 	podCIDR string
+	handler string
 	umask0  bool
 }
 
@@ -88,6 +91,14 @@ func WithUmaskZero() Option { return func(o *options) { o.umask0 = true } }
 // WithPodCIDR replaces the ranges of pod addresses (TOML list).
 func WithPodCIDR(list string) Option { return func(o *options) { o.podCIDR = list } }
 
+// WithRuntime runs all pods by an OCI runtime, as handler "oci".
+func WithRuntime(program string) Option {
+	return func(o *options) {
+		o.handler = "oci"
+		o.extra += fmt.Sprintf("[handlers.oci]\nkind = \"oci\"\npath = %q\n", program)
+	}
+}
+
 var nodes atomic.Int64
 
 // StartNode starts a keeper and a daemon and loads the default image. At the
@@ -108,6 +119,10 @@ func StartNode(t testing.TB, opts ...Option) *Node {
 	for _, o := range opts {
 		o(&n.opts)
 	}
+	if p := os.Getenv("NARU_OCI"); p != "" && n.opts.handler == "" { // the whole ring by an OCI runtime
+		WithRuntime(p)(&n.opts)
+	}
+	n.handler = n.opts.handler
 	for _, d := range []string{n.Dir, n.LogDir} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			t.Fatal(err)
@@ -515,12 +530,14 @@ func (n *Node) leftoversNow() (left []string) {
 	for _, m := range mountsBelow(n.Root) {
 		left = append(left, "mount "+m)
 	}
-	for _, d := range []string{n.RunDir + "/ns", n.RunDir + "/pods", n.RunDir + "/monitor/exits"} {
+	for _, d := range []string{n.RunDir + "/ns", n.RunDir + "/pods", n.RunDir + "/monitor/exits", n.RunDir + "/oci/root-oci", n.RunDir + "/oci/tty"} {
 		l, _ := os.ReadDir(d)
 		for _, e := range l {
 			left = append(left, "file "+filepath.Join(d, e.Name()))
 		}
 	}
+	bundles, _ := filepath.Glob(n.RunDir + "/oci/" + strings.Repeat("[0-9a-f]", 64))
+	left = append(left, bundles...)
 	for _, c := range cgroupDirs(strings.TrimPrefix(n.Parent, "/")) {
 		_ = filepath.WalkDir(c, func(p string, d fs.DirEntry, err error) error {
 			if err == nil && d.IsDir() && p != c && !classSlice(p) {

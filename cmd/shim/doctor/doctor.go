@@ -45,8 +45,9 @@ type Config struct {
 	CNIState      string // folder of what Naru keeps of it
 	UserNS        bool   // user namespaces are wanted
 	Monitor       func() (string, error)
-	Holder        []string // a program that reads standard input to its end, for a user namespace
-	ProcSys, Proc string   // for tests; empty = /proc/sys, /proc
+	Handlers      map[string]string // programs of OCI runtimes, by handler
+	Holder        []string          // a program that reads standard input to its end, for a user namespace
+	ProcSys, Proc string            // for tests; empty = /proc/sys, /proc
 }
 
 // checkTime bounds one check; a network file system that hangs must not hang
@@ -74,6 +75,7 @@ var checks = []check{
 	{"security modules", checkLSM},
 	{"seccomp", checkSeccomp},
 	{"clock", checkClock},
+	{"handlers", checkHandlers},
 	{"daemon", checkDaemon},
 }
 

@@ -69,6 +69,25 @@ func TestBrokenCheck(t *testing.T) {
 	}
 }
 
+func TestHandlers(t *testing.T) {
+	program := func(script string) string {
+		p := filepath.Join(t.TempDir(), "program")
+		if err := os.WriteFile(p, []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	r := checkHandlers(t.Context(), &Config{Handlers: map[string]string{
+		"a": "/no/such", "b": program("echo 'fine 1.0'; echo more"), "c": program("exit 1"), "d": program("exec sleep 100"),
+	}})
+	if len(r) != 4 || r[0].Status != Warn || r[1].Status != OK || r[1].Detail != "b: fine 1.0" || r[2].Status != Warn || r[3].Status != Warn || !strings.Contains(r[3].Detail, "no answer") {
+		t.Errorf("%+v", r)
+	}
+	if r := checkHandlers(t.Context(), &Config{}); len(r) != 1 || r[0].Status != OK {
+		t.Errorf("without handlers: %+v", r)
+	}
+}
+
 func TestWorst(t *testing.T) {
 	for _, c := range []struct {
 		in   []Status
