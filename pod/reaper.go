@@ -31,12 +31,11 @@ func (m *Manager) reapOnce(ctx context.Context) {
 		}
 		m.reapContainer(ctx, c)
 	}
-	for _, p := range *m.table.allPods.Load() {
-		if ctx.Err() != nil {
-			return
+	each(*m.table.allPods.Load(), func(p *podEntry) { // one whose network plugin hangs keeps no other waiting
+		if ctx.Err() == nil {
+			m.reapPod(ctx, p)
 		}
-		m.reapPod(ctx, p)
-	}
+	})
 }
 
 // settleLate does what Recover could not while the monitor did not answer.

@@ -363,6 +363,7 @@ func (m *Manager) settlePods(ctx context.Context, r *Report, old map[string]bool
 		defer cancel()
 		if err := m.settlePod(ctx, r, p, old[p.id]); err != nil {
 			r.problem("pod %s: %v", short(p.id), err)
+			m.poke() // the reaper goes on with it, once requests are served
 		}
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -188,7 +189,35 @@ func (m *Manager) detach(ctx context.Context, id string) error {
 	} else {
 		_ = f.Close()
 	}
-	return m.cni.Detach(ctx, id, netns)
+	if m.start.over.Load() {
+		return m.cni.Detach(ctx, id, netns)
+	}
+	return m.start.detach(ctx, func(ctx context.Context) error { return m.cni.Detach(ctx, id, netns) })
+}
+
+// startup is the time in which the daemon takes stock and serves nobody. After a
+// reboot all pods of before are to be detached then, by plugins that may wait
+// for an agent that may be a pod of this very node. So they have little time,
+// and when one has used it up the others have none: all of it is tried again
+// when the daemon serves.
+type startup struct {
+	over  atomic.Bool // after the first Sweep, or Create
+	stuck atomic.Bool // a plugin has used up its time
+}
+
+const startupTime = 5 * time.Second
+
+func (s *startup) detach(ctx context.Context, f func(context.Context) error) error {
+	if s.stuck.Load() {
+		return errs.New(errs.Unavailable, "CNI plugins do not answer during the start; it is tried again")
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, startupTime, errs.New(errs.DeadlineExceeded, "not done within %s of the start; it is tried again", startupTime))
+	defer cancel()
+	err := f(ctx)
+	if ctx.Err() != nil {
+		s.stuck.Store(true)
+	}
+	return err
 }
 
 // unpinFree takes a sandbox's pins away, unless plugins still have to take its

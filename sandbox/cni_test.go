@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -34,9 +35,16 @@ func needPlugins(t testing.TB) {
 }
 
 // programs runs plugins as children of the test.
-type programs struct{ before func(r program.Request) error }
+type programs struct {
+	before func(r program.Request) error
+	hang   *atomic.Bool // DEL does
+}
 
 func (p programs) RunProgram(ctx context.Context, r program.Request) (program.Result, error) {
+	if p.hang != nil && p.hang.Load() && slices.Contains(r.Env, "CNI_COMMAND=DEL") {
+		<-ctx.Done()
+		return program.Result{}, context.Cause(ctx)
+	}
 	if p.before != nil {
 		if err := p.before(r); err != nil {
 			return program.Result{}, err
@@ -334,7 +342,6 @@ func TestCNIAfterReboot(t *testing.T) {
 // at first; until then the pod's namespace stays, for plugins need it.
 func TestRowW07Failures(t *testing.T) {
 	cfg := cniConfig(t)
-	cfg.CNI.Timeout = time.Second
 	fail := map[string]error{}
 	p := programs{before: func(r program.Request) error {
 		for _, e := range r.Env {
@@ -439,6 +446,31 @@ func TestCNIKeepsHostPlain(t *testing.T) {
 	if s := m.sources(); len(s) > 0 {
 		t.Errorf("sources %v", s)
 	}
+}
+
+// Plugins that hang when the daemon starts, for their agent is not there yet:
+// the start is not held up for long by all of the pods together, and what could
+// not be taken back then is taken back later.
+func TestRowW07HangAtStart(t *testing.T) {
+	cfg := cniConfig(t)
+	p := programs{hang: &atomic.Bool{}}
+	m := start(t, cfg, Deps{Programs: p})
+	for i := range 4 {
+		create(t, m, cniSpec(t, fmt.Sprint("p", i)))
+	}
+	p.hang.Store(true)
+	n := restart(t, m)
+	began := time.Now()
+	err := n.Sweep(t.Context(), nil)
+	if d := time.Since(began); err == nil || d > 2*startupTime {
+		t.Errorf("%v after %v", err, d)
+	}
+	if len(n.cni.Pods()) != 4 {
+		t.Errorf("attached: %v", n.cni.Pods())
+	}
+	p.hang.Store(false)
+	eventually(t, "all is taken back", func() bool { return len(n.cni.Pods()) == 0 })
+	nothingAttached(t, n)
 }
 
 // An interface of a pod that somebody removed: the pod is not whole.

@@ -51,6 +51,7 @@ func (m *Manager) Create(ctx context.Context, s Spec, step func(string)) (*Handl
 	if step == nil {
 		step = func(string) {}
 	}
+	m.start.over.Store(true)
 	m.setCreating(s.ID, true)
 	defer m.setCreating(s.ID, false)
 	for _, st := range []struct {

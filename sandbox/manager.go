@@ -39,6 +39,7 @@ type Manager struct {
 	pool  *pool
 	cni   *cni.Manager
 	byCNI atomic.Bool // new pods get their network by CNI
+	start startup
 
 	status atomic.Pointer[NetworkStatus]
 	facts  atomic.Pointer[hostFacts]
@@ -52,6 +53,7 @@ type Manager struct {
 	sweeps   int               // +checklocks:mu how many Sweeps are running
 	fresh    map[string]bool   // +checklocks:mu ids that were made meanwhile
 	doomed   map[string]doomed // +checklocks:mu host links whose namespace was dropped
+	orphans  map[string]bool   // +checklocks:mu strangers that could not be released yet
 
 	stop context.CancelFunc
 	wg   sync.WaitGroup
@@ -96,6 +98,7 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 		creating: map[string]int{},
 		fresh:    map[string]bool{},
 		doomed:   map[string]doomed{},
+		orphans:  map[string]bool{},
 	}
 	m.live.Store(&cfg.Live)
 	m.cfg.Live = Live{} // read by m.live alone
@@ -148,6 +151,7 @@ func (m *Manager) Start(ctx context.Context) (err error) {
 	m.wg.Go(func() { m.keepHouse(run) })
 	m.wg.Go(func() { m.pool.run(run) })
 	m.wg.Go(func() { m.cni.Run(run) })
+	m.wg.Go(func() { m.retryOrphans(run) })
 	return nil
 }
 

@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -95,18 +96,48 @@ func (m *Manager) Sweep(ctx context.Context, known map[string]bool) error {
 	for id := range strangers {
 		log.Info("Remove a sandbox that no record knows", "id", id)
 		if sandboxID.MatchString(id) {
-			all = append(all, m.Release(ctx, id, nil))
+			err := m.Release(ctx, id, nil)
+			m.orphan(id, err != nil)
+			all = append(all, err)
 			continue
 		}
 		all = append(all, m.unpin(id), m.removeFiles(id)) // from a pool of before, or not ours in a folder of ours
 	}
 	all = append(all, m.sweepLinks(known))
+	m.start.over.Store(true)
 	m.cni.GCSoon()
 	rebuilt, err := m.fw.Reconcile()
 	if rebuilt {
 		log.Info("Made the nftables table anew: it was not what it should be", "table", m.cfg.Table)
 	}
 	return errors.Join(append(all, err)...)
+}
+
+// orphan notes whether a stranger is still to be released.
+func (m *Manager) orphan(id string, on bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if on {
+		m.orphans[id] = true
+	} else {
+		delete(m.orphans, id)
+	}
+}
+
+// retryOrphans releases strangers that Sweep could not.
+func (m *Manager) retryOrphans(ctx context.Context) {
+	for pause(ctx, retryEvery) {
+		m.mu.Lock()
+		ids := slices.Collect(maps.Keys(m.orphans))
+		m.mu.Unlock()
+		for _, id := range ids {
+			err := m.Release(ctx, id, nil)
+			if err != nil && ctx.Err() == nil {
+				klog.FromContext(ctx).Error(err, "A sandbox that no record knows is still there", "id", id)
+			}
+			m.orphan(id, err != nil)
+		}
+	}
 }
 
 // strangers are the ids that something exists for, without being known.
