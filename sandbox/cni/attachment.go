@@ -88,6 +88,16 @@ func (m *Manager) forget(id string) error {
 	return nil
 }
 
+// forgetResult removes what libcni keeps of a pod whose attachment is given up.
+func (m *Manager) forgetResult(id string) error {
+	files, err := filepath.Glob(filepath.Join(m.cfg.StateDir, "results", "*-"+id+"-"+Link))
+	all := []error{err}
+	for _, f := range files {
+		all = append(all, os.Remove(f))
+	}
+	return errors.Join(all...)
+}
+
 // kept reads an attachment.
 func (m *Manager) kept(id string) (*Network, *libcni.RuntimeConf, error) {
 	path := m.attachmentFile(id)

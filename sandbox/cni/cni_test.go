@@ -628,6 +628,9 @@ func TestDamagedState(t *testing.T) {
 	if err := m.Detach(t.Context(), idA, ""); err != nil || m.Attached(idA) {
 		t.Errorf("after the file was removed: %v", err)
 	}
+	if left, _ := os.ReadDir(filepath.Join(r.dir, "state", "results")); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
 }
 
 func TestBandwidth(t *testing.T) {

@@ -102,7 +102,7 @@ func (m *Manager) Run(ctx context.Context) {
 	wg.Wait()
 }
 
-// reload reads a folder again and tells if it changed.
+// reload reads a folder again; if it has changed, everybody hears of it.
 func (m *Manager) reload(f *folder) {
 	if !f.reload() {
 		return
@@ -297,7 +297,7 @@ func (m *Manager) Detach(ctx context.Context, id, netns string) error {
 	}
 	n, rt, err := m.kept(id)
 	if errors.Is(err, os.ErrNotExist) { // the administrator has given it up
-		return m.forget(id)
+		return errors.Join(m.forgetResult(id), m.forget(id))
 	}
 	if err != nil {
 		return err
