@@ -245,14 +245,18 @@ func TestW07_PluginsHang(t *testing.T) {
 	do("STATUS", "exit 0")
 	do("ADD", "echo $$ >"+n.Dir+"/bin/pid; case $CNI_ARGS in *K8S_POD_NAME=crash*) sleep 3600;; esac\n"+fakeResult)
 	go func() { _, err := n.TryPod(t, named("crash")); hung <- err }()
-	eventually(t, 10*time.Second, "ADD hangs again", func() bool { return strings.Contains(log(), "K8S_POD_NAME=crash") })
+	plugin := 0
+	eventually(t, 10*time.Second, "ADD hangs again", func() bool {
+		b, _ := os.ReadFile(n.Dir + "/bin/pid")
+		plugin, _ = strconv.Atoi(strings.TrimSpace(string(b)))
+		return plugin > 0
+	})
 	n.KillDaemon()
 	<-hung
 	n.StartDaemon()
 	n.WaitReady()
-	b, _ := os.ReadFile(n.Dir + "/bin/pid")
-	if pid, _ := strconv.Atoi(strings.TrimSpace(string(b))); pid == 0 || running(pid) {
-		t.Errorf("the plugin %d outlives the daemon", pid)
+	if running(plugin) {
+		t.Errorf("the plugin %d outlives the daemon", plugin)
 	}
 	eventually(t, 10*time.Second, "DEL of the pod whose ADD was cut short", func() bool {
 		_, after, _ := strings.Cut(log(), "K8S_POD_NAME=crash")
