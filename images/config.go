@@ -21,6 +21,9 @@ type Config struct {
 	// UsageInterval is how old the usage of a container's writable folder may
 	// be before it is counted again; default 10 s.
 	UsageInterval time.Duration
+	// PullDone is told of each pull that ended, and of the bytes of layers that
+	// came for it. Nil = nobody.
+	PullDone func(took time.Duration, bytes int64, err error)
 
 	Live
 }

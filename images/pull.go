@@ -130,6 +130,9 @@ func (s *Store) run(p *pull, named reference.Named, auth *Auth) {
 	}
 	s.mu.Unlock()
 	p.cancel(nil)
+	if s.cfg.PullDone != nil {
+		s.cfg.PullDone(time.Since(p.start), p.bytes.Load(), p.err)
+	}
 	close(p.done)
 	if p.err != nil {
 		log.V(2).Info("Pull ended with an error", "after", time.Since(p.start), "err", p.err)

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"syscall"
+	"time"
 
 	"github.com/naru-project/naru/images"
 	"github.com/naru-project/naru/runtime"
@@ -58,6 +59,14 @@ type Executor interface {
 	Stats(ctx context.Context, cgroup string) (*runtime.Stats, error)
 	// DetailedStats is Stats with Details; first is the pid of the container's first process.
 	DetailedStats(ctx context.Context, cgroup string, first int) (*runtime.Stats, error)
+}
+
+// Watcher is told what happens, for metrics and traces. It does not block.
+type Watcher interface {
+	// StepDone is called at the end of each step, with the context that the step
+	// had.
+	StepDone(ctx context.Context, operation, step string, began, ended time.Time)
+	ContainerExited(reason string)
 }
 
 // Sandboxes makes and removes the places of pods on the host (sandbox.Manager).

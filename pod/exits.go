@@ -161,6 +161,9 @@ func (m *Manager) settleExit(ctx context.Context, c *containerEntry, f func(*Con
 	}
 	s := c.snap.Load()
 	m.log(ctx).V(2).Info("container exited", "container", m.nameOf(c), "id", c.id, "code", s.ExitCode, "reason", s.Reason)
+	if w := m.cfg.Watch; w != nil {
+		w.ContainerExited(s.Reason)
+	}
 	m.tell(EventStopped, c.podID, c.id)
 	if !c.closed { // after the event: who waits for the end may go on to stop the pod
 		c.closed = true

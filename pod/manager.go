@@ -46,8 +46,10 @@ type Config struct {
 	SpecHost     spec.Host // what containers may be given; the zero value: ask this machine
 	SpecDefaults spec.Defaults
 
-	// Observe is called as each step of an operation begins: metrics, failpoints.
+	// Observe is called as each step of an operation begins: failpoints.
 	Observe func(kind, step string)
+	// Watch is told what happens. Nil = nobody.
+	Watch Watcher
 
 	Live
 }
@@ -127,7 +129,7 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 		cfg: cfg, deps: deps, boot: boot, cdi: cdi.New(cfg.CDIDirs),
 		table:   newTable(),
 		joins:   &joins{calls: make(map[any]*call)},
-		ops:     &operations{observe: cfg.Observe, running: make(map[*operation]struct{})},
+		ops:     &operations{observe: cfg.Observe, watch: cfg.Watch, running: make(map[*operation]struct{})},
 		hub:     &hub{bound: cfg.EventBuffer, subs: make(map[*subscriber]struct{})},
 		statter: newStatter(deps.Host, cfg.StatTimeout),
 		wake:    make(chan struct{}, 1),
@@ -272,6 +274,18 @@ func (m *Manager) Container(id string) (*Container, error) {
 
 // Containers lists containers in order of creation.
 func (m *Manager) Containers(f Filter) []*Container { return m.table.listContainers(f) }
+
+// Phases counts pods and containers by phase.
+func (m *Manager) Phases() (pods, containers map[Phase]int) {
+	pods, containers = map[Phase]int{}, map[Phase]int{}
+	for _, p := range *m.table.allPods.Load() {
+		pods[p.snap.Load().Phase]++
+	}
+	for _, c := range *m.table.allCtrs.Load() {
+		containers[c.snap.Load().Phase]++
+	}
+	return pods, containers
+}
 
 // Operations lists the running mutations, oldest first.
 func (m *Manager) Operations() []Operation { return m.ops.list() }

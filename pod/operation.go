@@ -27,12 +27,14 @@ type step struct {
 type operation struct {
 	set *operations
 	mu  sync.Mutex
-	o   Operation // guarded by mu
+	o   Operation       // guarded by mu
+	in  context.Context //nolint:containedctx // of the step that runs, nil before the first; guarded by mu
 }
 
 // operations are the running mutations.
 type operations struct {
 	observe func(kind, step string)
+	watch   Watcher // may be nil
 	mu      sync.Mutex
 	running map[*operation]struct{} // guarded by mu
 }
@@ -56,6 +58,7 @@ func (s *operations) add(o *operation) {
 }
 
 func (o *operation) end() {
+	o.leave(time.Now())
 	o.set.mu.Lock()
 	defer o.set.mu.Unlock()
 	delete(o.set.running, o)
@@ -63,8 +66,10 @@ func (o *operation) end() {
 
 // enter names the step that begins now.
 func (o *operation) enter(ctx context.Context, name string) {
+	now := time.Now()
+	o.leave(now)
 	o.mu.Lock()
-	o.o.Step, o.o.StepAt = name, time.Now()
+	o.o.Step, o.o.StepAt, o.in = name, now, ctx
 	kind, id := o.o.Kind, o.o.ID
 	o.mu.Unlock()
 	if l := klog.FromContext(ctx).V(4); l.Enabled() {
@@ -72,6 +77,17 @@ func (o *operation) enter(ctx context.Context, name string) {
 	}
 	if o.set.observe != nil {
 		o.set.observe(kind, name)
+	}
+}
+
+// leave ends the present step, if there is one.
+func (o *operation) leave(now time.Time) {
+	o.mu.Lock()
+	was, in := o.o, o.in
+	o.in = nil
+	o.mu.Unlock()
+	if in != nil && o.set.watch != nil {
+		o.set.watch.StepDone(in, was.Kind, was.Step, was.StepAt, now)
 	}
 }
 

@@ -201,6 +201,9 @@ func privateDir(path string, mode os.FileMode) error {
 // builtin is the status of the built-in network.
 func (m *Manager) builtin() NetworkStatus { return *m.status.Load() }
 
+// Addresses tells how many addresses of each family are used and free.
+func (m *Manager) Addresses() []ipam.Usage { return m.ips.Usage() }
+
 func (m *Manager) setStatus(s NetworkStatus) { m.status.Store(&s) }
 
 // SetPodCIDRs takes the ranges that UpdateRuntimeConfig told. They count for

@@ -31,6 +31,7 @@ type live struct {
 	executors ocicli.Live
 	handlers  []string
 	criu      string
+	metrics   string // address
 }
 
 func liveOf(cfg *config.Config) live {
@@ -51,6 +52,7 @@ func liveOf(cfg *config.Config) live {
 		executors: executorsOf(cfg),
 		handlers:  handlers,
 		criu:      cfg.Runtime.CRIU,
+		metrics:   cfg.Metrics.Address,
 	}
 }
 
@@ -81,6 +83,7 @@ func (d *daemon) settings() []setting {
 	}
 	return []setting{
 		{"the pod network", func(l live) error { return d.sandbox.Reconfigure(l.network) }},
+		{"the metrics", func(l live) error { return d.scrapes.Listen(l.metrics) }},
 		{"the log", func(l live) error { return setVerbosity(l.verbosity) }},
 		{"images", sure(func(l live) { d.images.Reconfigure(l.images) })},
 		{"pods", sure(func(l live) { d.pods.Reconfigure(l.pods) })},
@@ -113,9 +116,11 @@ func (d *daemon) reload() ([]config.Change, error) {
 	defer d.reloads.Unlock()
 	changes, err := d.tryReload()
 	if err != nil {
+		d.metrics.Reload("refused")
 		klog.ErrorS(err, "The configuration was not reloaded; that of before goes on", "file", d.file)
 		return nil, err
 	}
+	d.metrics.Reload("ok")
 	texts := make([]string, len(changes))
 	for i, c := range changes {
 		texts[i] = c.String()

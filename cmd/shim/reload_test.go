@@ -11,6 +11,7 @@ import (
 
 	"github.com/naru-project/naru/internal/config"
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/metrics"
 )
 
 // TestEachLiveKeyReachesAPart: what is said to be live has an effect, and what
@@ -112,7 +113,7 @@ func TestApplyIsAllOrNothing(t *testing.T) {
 // restart would do; the daemon here has no parts that could be.
 func TestReloadRefusals(t *testing.T) {
 	dir := t.TempDir()
-	d := &daemon{file: filepath.Join(dir, "config.toml")}
+	d := &daemon{file: filepath.Join(dir, "config.toml"), metrics: metrics.New("test")}
 	write := func(text string) {
 		t.Helper()
 		if err := os.WriteFile(d.file, []byte("version = 1\n"+text), 0o600); err != nil {

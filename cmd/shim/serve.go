@@ -25,6 +25,7 @@ import (
 	"github.com/naru-project/naru/images"
 	"github.com/naru-project/naru/internal/config"
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/metrics"
 	"github.com/naru-project/naru/internal/notify"
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/pod"
@@ -61,6 +62,9 @@ type daemon struct {
 	pods    *pod.Manager
 	server  *cri.Server
 	held    []*os.File // sockets that systemd has kept open since the daemon before
+	metrics *metrics.Metrics
+	scrapes *metrics.Server
+	found   atomic.Pointer[pod.Report] // by recovery; nil before
 	closers []func() error
 }
 
@@ -73,6 +77,7 @@ func runServe(ctx context.Context, file string, hup <-chan os.Signal) (err error
 	}
 	d := &daemon{file: cmp.Or(file, config.DefaultPath), cfg: cfg}
 	d.now.Store(cfg)
+	d.metrics = metrics.New(version)
 	if err := setVerbosity(cfg.Log.Verbosity); err != nil {
 		return err
 	}
@@ -83,7 +88,7 @@ func runServe(ctx context.Context, file string, hup <-chan os.Signal) (err error
 	}{
 		{"take held sockets", d.takeHeld}, {"close inherited files", closeInherited}, {"relax timers", relaxTimers}, {"set oom_score_adj", shield}, {"prepare folders", d.prepareFolders},
 		{"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor}, {"give up privileges", confine}, {"make the executor", d.openExecutor},
-		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer},
+		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer}, {"open the metrics", d.openMetrics},
 	} {
 		if err := s.do(ctx); err != nil {
 			return errs.New(errs.Of(err), "%s: %w", s.name, err)
@@ -225,7 +230,7 @@ func monitorBinary(configured string) (string, error) {
 
 func (d *daemon) openImages(ctx context.Context) (err error) {
 	d.images, err = images.Open(ctx, images.Config{
-		Root: filepath.Join(d.cfg.Root, "images"), MaxTransfers: d.cfg.Images.Layers, Live: liveOf(d.cfg).images,
+		Root: filepath.Join(d.cfg.Root, "images"), MaxTransfers: d.cfg.Images.Layers, PullDone: d.pullDone, Live: liveOf(d.cfg).images,
 	})
 	if err == nil {
 		d.closers = append(d.closers, d.images.Close)
@@ -258,7 +263,7 @@ func (d *daemon) openPods(context.Context) (err error) {
 	}
 	d.pods, err = pod.New(pod.Config{
 		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), SpecHost: d.given,
-		WritableMountpoint: fs.Mountpoint, CheckHandler: d.exec.CheckHandler, Live: liveOf(d.cfg).pods,
+		WritableMountpoint: fs.Mountpoint, Watch: watcher{d.metrics}, CheckHandler: d.exec.CheckHandler, Live: liveOf(d.cfg).pods,
 	}, pod.Deps{Executor: d.exec, Sandboxes: d.sandbox, Images: d.images, Cgroups: d.cgroups})
 	return err
 }
@@ -267,7 +272,7 @@ func (d *daemon) openServer(context.Context) error {
 	d.server = cri.New(cri.Config{
 		Version: version, Handlers: liveOf(d.cfg).handlers, UserNamespaces: d.exec.UserNamespaces, Verbose: func() any { return d.now.Load() },
 		Streaming: streaming.Config{Addr: d.cfg.Stream.Address},
-		Health:    d.health,
+		Health:    d.health, Metrics: d.metrics,
 	}, d.pods, d.images, d.host())
 	return d.server.Streams().Listen()
 }
@@ -313,6 +318,7 @@ func (d *daemon) serve(ctx context.Context, hup <-chan os.Signal) error {
 		d.exec.Probe(ctx)
 	})
 	report := d.pods.Recover(ctx)
+	d.found.Store(report)
 	klog.InfoS("Recovered", "pods", report.Pods, "containers", report.Containers, "undone", report.Undone, "ended", report.Ended,
 		"lost", report.Lost, "orphans", report.Orphans, "quarantined", report.Quarantined, "problems", report.Problems, "took", report.Took)
 	wg.Go(func() { d.pods.Run(ctx) })

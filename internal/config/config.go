@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"sort"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -27,6 +28,10 @@ import (
 
 // DefaultPath is where the daemon looks when it is told nothing.
 const DefaultPath = "/etc/naru/config.toml"
+
+// maxSocket is the longest path of a socket: the 107 bytes of sockaddr_un, less
+// what is needed to replace it safely.
+const maxSocket = 100
 
 // maxSize bounds one configuration file, in bytes.
 const maxSize = 1 << 20
@@ -66,6 +71,7 @@ type Config struct {
 	Runtime  Runtime            `toml:"runtime"`
 	CDI      CDI                `toml:"cdi"`
 	Stream   Streaming          `toml:"streaming"`
+	Metrics  Metrics            `toml:"metrics"`
 	Handlers map[string]Handler `toml:"handlers" reload:"live" comment:"Further runtime handlers for RuntimeClass, by name, each a table [handlers.NAME] with kind (native, oci), path and args; \"\" and \"naru\" are built in. For example [handlers.runc] with kind = 'oci' and path = '/usr/sbin/runc'."`
 }
 
@@ -132,6 +138,11 @@ type CDI struct {
 // Streaming server for exec, attach and port-forward.
 type Streaming struct {
 	Address string `toml:"address" reload:"restart" comment:"Where the streaming server listens: loopback; port 0 = any free one. kubelet reaches it on the same host."`
+}
+
+// Metrics of Naru itself; those of containers go by CRI.
+type Metrics struct {
+	Address string `toml:"address" reload:"live" comment:"Where Prometheus may scrape /metrics: a loopback address as 127.0.0.1:9640, or unix:///path of a socket for root; empty = nowhere. Counts only: no pod, container or image is named."`
 }
 
 // Handler is one runtime handler.
@@ -289,7 +300,7 @@ func unknownKeys(strict *toml.StrictMissingError) error {
 func (c *Config) Validate() error {
 	var all []error
 	bad := func(key, format string, args ...any) {
-		all = append(all, fmt.Errorf("%s: %s", key, fmt.Sprintf(format, args...)))
+		all = append(all, fmt.Errorf("%s: %w", key, fmt.Errorf(format, args...)))
 	}
 	if c.Version != 1 {
 		bad("version", "%d is not known to this release, which reads version 1", c.Version)
@@ -299,7 +310,7 @@ func (c *Config) Validate() error {
 			bad(key, "%q must be an absolute path and not /", p)
 		}
 	}
-	if len(c.Socket) > 100 {
+	if len(c.Socket) > maxSocket {
 		bad("socket", "%q is longer than the 107 bytes that a unix socket's path may have, less what is needed to replace it safely", c.Socket)
 	}
 	c.validateNetwork(bad)
@@ -317,10 +328,15 @@ func (c *Config) Validate() error {
 	default:
 		bad("cgroup.driver", "%q is none of auto, cgroupfs, systemd", c.Cgroup.Driver)
 	}
-	if host, _, err := net.SplitHostPort(c.Stream.Address); err != nil {
-		bad("streaming.address", "%q is not host:port", c.Stream.Address)
-	} else if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() {
-		bad("streaming.address", "%q must be a loopback address: whoever reaches it needs only a token", c.Stream.Address)
+	if err := loopback(c.Stream.Address); err != nil {
+		bad("streaming.address", "%w: whoever reaches it needs only a token", err)
+	}
+	if path, ok := strings.CutPrefix(c.Metrics.Address, "unix://"); ok {
+		if !filepath.IsAbs(path) || len(path) > maxSocket {
+			bad("metrics.address", "%q is not unix:// and an absolute path of at most %d bytes", c.Metrics.Address, maxSocket)
+		}
+	} else if err := loopback(c.Metrics.Address); err != nil && c.Metrics.Address != "" {
+		bad("metrics.address", "%w: whoever reaches it is asked for nothing", err)
 	}
 	for _, dir := range c.CDI.SpecDirs {
 		if !filepath.IsAbs(dir) {
@@ -367,6 +383,21 @@ var (
 	tableName  = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,30}$`)
 	linkPrefix = regexp.MustCompile(`^[a-z][a-z0-9]{0,5}$`) // IFNAMSIZ, with what follows
 )
+
+// loopback says why address is not host:port of a loopback address.
+func loopback(address string) error {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Errorf("%q is not host:port", address)
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return fmt.Errorf("%q has no port number", address)
+	}
+	if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() {
+		return fmt.Errorf("%q must be a loopback address", address)
+	}
+	return nil
+}
 
 func (c *Config) validateNetwork(bad func(key, format string, args ...any)) {
 	n := &c.Network

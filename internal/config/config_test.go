@@ -91,6 +91,9 @@ func TestDropInsAndMistakes(t *testing.T) {
 		"this is no toml":                                              "line 1",
 		"[network]\nmtu = 'large'\n":                                   "line 2",
 		"socket = '/" + strings.Repeat("x", 120) + "'\n":               "longer than",
+		"[metrics]\naddress = '0.0.0.0:9640'\n":                        "loopback",
+		"[metrics]\naddress = 'unix://naru.sock'\n":                    "absolute",
+		"[metrics]\naddress = '127.0.0.1:http'\n":                      "port",
 	} {
 		write("config.d/30-bad.toml", text)
 		_, err := Load(file)

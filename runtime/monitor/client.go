@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/naru-project/naru/internal/errs"
@@ -17,6 +18,8 @@ type Client struct {
 	stop   context.CancelFunc
 	ctx    context.Context // the client's own life
 	wg     sync.WaitGroup
+
+	renewed atomic.Uint64 // sessions after the first
 
 	mu      sync.Mutex
 	session *session
@@ -44,6 +47,9 @@ func Connect(ctx context.Context, socket string) (*Client, error) {
 	c.wg.Go(c.feedExits)
 	return c, nil
 }
+
+// Restarts counts the workers that this client found in place of another.
+func (c *Client) Restarts() uint64 { return c.renewed.Load() }
 
 // Close ends the connection. Execs of this client are killed by the worker.
 func (c *Client) Close() error {
@@ -94,6 +100,9 @@ func (c *Client) keepConnected() {
 func (c *Client) set(s *session, err error) {
 	c.mu.Lock()
 	c.session, c.failure = s, err
+	if s != nil {
+		c.renewed.Add(1)
+	}
 	close(c.changed)
 	c.changed = make(chan struct{})
 	subscribe := c.subscribe && s != nil

@@ -262,6 +262,53 @@ func (a *Allocator) Holder(ip netip.Addr) string {
 	return a.byIP[ip]
 }
 
+// Usage is how many addresses of one family are leased, and free.
+type Usage struct {
+	IPv4       bool
+	Used, Free float64 // an IPv6 range has more than an integer holds
+}
+
+// Usage tells of each family that has a range or a lease.
+func (a *Allocator) Usage() []Usage {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var out []Usage
+	for _, v4 := range []bool{true, false} {
+		u := Usage{IPv4: v4}
+		inside := 0.0
+		for ip := range a.byIP {
+			if ip.Is4() != v4 {
+				continue
+			}
+			u.Used++
+			if slices.ContainsFunc(a.pools, func(p *pool) bool { return p.cidr.Contains(ip) }) {
+				inside++
+			}
+		}
+		ranges := 0
+		for _, p := range a.pools {
+			if p.cidr.Addr().Is4() == v4 {
+				u.Free += p.size()
+				ranges++
+			}
+		}
+		u.Free = max(u.Free-inside, 0)
+		if ranges > 0 || u.Used > 0 {
+			out = append(out, u)
+		}
+	}
+	return out
+}
+
+// size is how many addresses the pool may give.
+func (p *pool) size() float64 {
+	first, last, n := p.first.AsSlice(), p.last.AsSlice(), 0.0
+	for i := range first { // digit by digit: what they have in common is more than a float64 holds
+		n = n*256 + float64(last[i]) - float64(first[i])
+	}
+	return n + 1
+}
+
 // IDs returns who has leases.
 func (a *Allocator) IDs() []string {
 	a.mu.Lock()

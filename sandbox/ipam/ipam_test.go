@@ -210,3 +210,36 @@ func FuzzParsePrefixes(f *testing.F) {
 		}
 	})
 }
+
+func TestUsage(t *testing.T) {
+	a := New()
+	if u := a.Usage(); len(u) != 0 {
+		t.Errorf("without ranges: %v", u)
+	}
+	set := func(list ...string) {
+		t.Helper()
+		p, err := ParsePrefixes(list...)
+		if err == nil {
+			err = a.SetCIDRs(p)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	set("10.9.0.0/28", "fd00:9::/64")
+	free := a.Usage()[0].Free
+	n := 0
+	for ; ; n++ { // what it says is free is what it gives
+		if _, err := a.Lease(fmt.Sprint(n)); err != nil {
+			break
+		}
+	}
+	u := a.Usage()
+	if float64(n) != free || u[0] != (Usage{IPv4: true, Used: free}) || u[1].Used != free || u[1].Free < 1<<60 {
+		t.Errorf("%d leases; before %v free, now %v", n, free, u)
+	}
+	set("10.8.0.0/28") // all leases are strays now
+	if u = a.Usage(); len(u) != 2 || u[0] != (Usage{IPv4: true, Used: free, Free: free}) || u[1] != (Usage{Used: free}) {
+		t.Errorf("with strays: %v", u)
+	}
+}
