@@ -124,7 +124,7 @@ test-vm: vm-image build cri-tools hack-tools ## Demo, Go tests, the systemd unit
 	@GO=$(GO) hack/vm/test.sh $(or $(VM),bookworm)
 
 # The packages whose tests ask the kernel for what differs with the cgroup version.
-kernel_tests := test/ring runtime/native runtime/cgroup runtime/stats runtime/monitor
+kernel_tests := test/ring runtime/native runtime/cgroup runtime/stats
 
 .PHONY: test-cgroup2
 test-cgroup2: vm-image build cri-tools hack-tools ## critest whole and the Go tests with real cgroups, in the cgroup v2 machine; DRIVER=systemd|cgroupfs
