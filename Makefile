@@ -97,7 +97,11 @@ critest-cni: check-root check-test build cri-tools hack-tools ## The same with t
 .PHONY: test-oci
 test-oci: check-root check-test build cri-tools hack-tools ## critest, and the tests of pods, with containers made by runc
 	@HANDLER=runc hack/critest.sh
-	@NARU_OCI=$$(command -v runc) $(GO) test -count=1 -timeout 20m -run 'TestPod' ./test/ring
+	@NARU_OCI=$$(command -v runc) $(GO) test -count=1 -timeout 20m -run 'TestPod' -skip '$(oci-differs)' ./test/ring
+
+# What runc does in another way, as docs/operations.md says: checkpoints, bytes in
+# the environment, mknod, owners in /dev of a user namespace.
+oci-differs = TestPodCheckpointOff|TestPodExecSync/as_the|TestPodPrivileged/a_device|TestPodUserNamespace/files_of
 
 .PHONY: critest-benchmark
 critest-benchmark: check-root check-test build cri-tools hack-tools ## critest's own benchmarks, BENCHMARK=20 of each kind
