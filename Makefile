@@ -13,6 +13,9 @@ CACHE     := $(or $(NARU_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/naru)
 VERSION   ?= $(shell git describe --tags --dirty 2>/dev/null || echo 0.1.0-dev$$(git rev-parse --short HEAD 2>/dev/null | sed -n '/^[0-9a-f]*$$/s/^/+g/p'))
 FUZZTIME  ?= 30s
 ROUNDS    ?= 5
+SYSCALLS  ?= 200
+STORE     ?= 10000
+DURATION  ?= 10m
 
 bin       := $(CURDIR)/bin
 ldflags    = -s -w -X main.version=$(VERSION)
@@ -53,7 +56,7 @@ test: check-root check-test build build-all lint critest critest-benchmark demo 
 	@echo "PASS: make test"
 
 .PHONY: test-nightly
-test-nightly: test critest-cni fuzz kubelet-e2e test-vm test-cgroup2 test-oci ## make test, then critest with CNI, every fuzz target for FUZZTIME, the real kubelet, the cgroup v2 machine, containers by runc
+test-nightly: test critest-cni fuzz crash soak kubelet-e2e test-vm test-cgroup2 test-oci ## make test, then critest with CNI, every fuzz target for FUZZTIME, crash, soak, the real kubelet, the cgroup v2 machine, containers by runc
 	@$(GO) test -race -count=3 -timeout 60m ./...
 	@echo "PASS: make test-nightly"
 
@@ -71,6 +74,15 @@ unit: check-go ## Go tests without the race detector (what needs root is skipped
 .PHONY: race
 race: check-go ## Go tests with the race detector; PKG=./pod/... for some of them
 	@$(GO) test -race -timeout 15m $(or $(PKG),./...)
+
+.PHONY: crash
+crash: check-root check-test ## Break daemon and worker at every named step, in every way; SYSCALLS=2000 kills at system calls; STORE=10000 damaged state folders
+	@NARU_STORE=$(STORE) $(GO) test -count=1 -timeout 60m -v -run '^TestDamagedStateFolders$$' ./pod
+	@NARU_CRASH=all NARU_SYSCALLS=$(SYSCALLS) $(GO) test -count=1 -timeout 300m -v -run '^TestCrash' ./test/ring
+
+.PHONY: soak
+soak: check-root check-test ## Pods under the reference model's eyes while everything is killed and the disk fills up, for DURATION (10m)
+	@NARU_SOAK=$(DURATION) $(GO) test -count=1 -timeout 300m -v -run '^TestSoak$$' ./test/ring
 
 .PHONY: fuzz
 fuzz: check-go ## Run every fuzz target for FUZZTIME (30s)
@@ -188,6 +200,7 @@ hack-tools: check-go
 	@cd hack && $(call tool,building cribench) -o $(bin)/cribench ./bench
 	@cd hack && $(call tool,building junitcheck) -o $(bin)/junitcheck ./junitcheck
 	@cd hack && CGO_ENABLED=0 $(call tool,building kubelete2e) -o $(bin)/kubelete2e ./kubelete2e
+	@cd hack && $(call tool,building crimodel) -o $(bin)/crimodel ./model
 
 .PHONY: demo-tools
 demo-tools: check-go $(bin)/crictl

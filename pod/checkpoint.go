@@ -66,12 +66,12 @@ func (m *Manager) Checkpoint(ctx context.Context, id, location string, timeout t
 		return err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	op.enter(ctx, "processes")
-	if err := m.deps.Executor.Checkpoint(ctx, rc, dir); err != nil {
+	if err := op.do(ctx, "processes", func(ctx context.Context) error { return m.deps.Executor.Checkpoint(ctx, rc, dir) }); err != nil {
 		return err
 	}
-	op.enter(ctx, "archive")
-	err = newFile(location, func(w io.Writer) error { return m.writeCheckpoint(ctx, w, s, rc, dir) })
+	err = op.do(ctx, "archive", func(ctx context.Context) error {
+		return newFile(location, func(w io.Writer) error { return m.writeCheckpoint(ctx, w, s, rc, dir) })
+	})
 	if err != nil {
 		return errs.New(errs.Of(err), "checkpoint container %s: %w", short(s.ID), err)
 	}

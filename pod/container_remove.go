@@ -42,8 +42,7 @@ func (m *Manager) removeEntry(ctx context.Context, c *containerEntry) error {
 func (m *Manager) takeDown(ctx context.Context, c *containerEntry, op *operation) error {
 	s := c.snap.Load()
 	if s.Phase != PhaseCreating {
-		op.enter(ctx, "record removing")
-		if err := m.beginRemove(ctx, c); err != nil {
+		if err := op.do(ctx, "record removing", func(ctx context.Context) error { return m.beginRemove(ctx, c) }); err != nil {
 			return fmt.Errorf("remove container %s: %w", short(c.id), err)
 		}
 	}

@@ -27,15 +27,19 @@ func (m *Manager) StartContainer(ctx context.Context, id string) error {
 	defer c.op.unlock()
 	ctx, cancel := detach(ctx, m.cfg.StartTimeout, "start container "+short(c.id))
 	defer cancel()
-
-	op.enter(ctx, "record starting")
+	defer func() {
+		// A panic: who catches it answers with an error, and nobody else would
+		// ever move the container from here.
+		if c.snap.Load().Phase == PhaseStarting {
+			m.startFailed(ctx, c, errs.New(errs.Internal, "start container %s: broke off at %s", short(c.id), op.where()))
+		}
+	}()
 	began := time.Now()
-	if err := m.beginStart(ctx, c, began); err != nil {
+	if err := op.do(ctx, "record starting", func(ctx context.Context) error { return m.beginStart(ctx, c, began) }); err != nil {
 		return fmt.Errorf("start container %s: %w", short(c.id), err)
 	}
-	op.enter(ctx, "start process")
-	err = m.deps.Executor.Start(ctx, c.id)
-	op.enter(ctx, "record")
+	err = op.do(ctx, "start process", func(ctx context.Context) error { return m.deps.Executor.Start(ctx, c.id) })
+	op.enter(ctx, "record") // whatever came of it
 	if err != nil {
 		err = fmt.Errorf("start container %s: %w", short(c.id), err)
 		m.startFailed(ctx, c, err)

@@ -149,8 +149,7 @@ func (m *Manager) stop(ctx context.Context, c *containerEntry, s *stopper, op *o
 			return err
 		}
 	}
-	op.enter(ctx, "kill")
-	return m.killAndWait(ctx, c)
+	return op.do(ctx, "kill", func(ctx context.Context) error { return m.killAndWait(ctx, c) })
 }
 
 type stopBegun struct{ alive, graceful bool }
@@ -168,14 +167,12 @@ func (m *Manager) beginStop(ctx context.Context, c *containerEntry, s *stopper, 
 	}
 	by := s.deadline()
 	b := stopBegun{alive: true, graceful: !snap.StartedAt.IsZero() && time.Until(by) > 0}
-	op.enter(ctx, "record stopping")
 	c.stopBy = by
-	if err := m.show(c, hapStop, false, nil); err != nil {
+	if err := op.do(ctx, "record stopping", func(context.Context) error { return m.show(c, hapStop, false, nil) }); err != nil {
 		return stopBegun{}, err
 	}
 	if b.graceful {
-		op.enter(ctx, "signal")
-		if err := m.signal(ctx, c, snap.StopSignal); err != nil {
+		if err := op.do(ctx, "signal", func(ctx context.Context) error { return m.signal(ctx, c, snap.StopSignal) }); err != nil {
 			m.log(ctx).Error(err, "stop signal did not arrive, killing at once", "id", c.id, "signal", snap.StopSignal)
 			b.graceful = false
 		}

@@ -264,6 +264,43 @@ func TestStartError(t *testing.T) {
 	})
 }
 
+// A panic in the middle of a start is caught by whoever called it: the
+// container does not stay on its way for ever.
+func TestPanicInStart(t *testing.T) {
+	for _, step := range []string{"record starting", "start process", "record"} {
+		t.Run(step, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, func(c *pod.Config) {
+					observe := c.Observe
+					c.Observe = func(kind, s string) {
+						observe(kind, s)
+						if kind == "StartContainer" && s == step {
+							panic("planted")
+						}
+					}
+				})
+				defer func() { r.stop() }()
+				p := r.pod("web")
+				c := r.create(p, "app")
+				func() {
+					defer func() { _ = recover() }()
+					_ = r.m.StartContainer(r.ctx(), c)
+					t.Error("no panic")
+				}()
+				if step == "record starting" {
+					if s := r.container(c); s.Phase != pod.PhaseCreated {
+						t.Errorf("nothing was done yet, and it is %s", s.Phase)
+					}
+				} else if s := r.exited(c, 128, "StartError"); !strings.Contains(s.Message, `"`+step+`"`) {
+					t.Errorf("the message does not say where: %q", s.Message)
+				}
+				r.removePod(p)
+				r.empty()
+			})
+		})
+	}
+}
+
 func TestWhatIsMissingIsNamed(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		p := r.pod("web")

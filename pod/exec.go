@@ -131,8 +131,7 @@ func (m *Manager) UpdateContainer(ctx context.Context, id string, r Resources, _
 	}
 	ctx, cancel := detach(ctx, m.cfg.StartTimeout, "update container "+short(c.id))
 	defer cancel()
-	op.enter(ctx, "cgroup")
-	if err := m.deps.Executor.Update(ctx, rc, r); err != nil {
+	if err := op.do(ctx, "cgroup", func(ctx context.Context) error { return m.deps.Executor.Update(ctx, rc, r) }); err != nil {
 		return fmt.Errorf("update container %s: %w", short(c.id), err)
 	}
 	op.enter(ctx, "record")

@@ -140,6 +140,9 @@ func New(cfg Config, deps Deps) (*Manager, error) {
 	if err = os.RemoveAll(filepath.Join(cfg.StateDir, checkpointsDir)); err != nil {
 		return nil, err
 	}
+	if err = store.Claim(cfg.StateDir, recordSchema); err != nil {
+		return nil, err
+	}
 	if m.pods, err = store.Open(filepath.Join(cfg.StateDir, "pods"), recordSchema); err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/internal/undo"
 )
 
@@ -64,8 +65,19 @@ func (o *operation) end() {
 	delete(o.set.running, o)
 }
 
-// enter names the step that begins now.
-func (o *operation) enter(ctx context.Context, name string) {
+// do runs one step.
+func (o *operation) do(ctx context.Context, name string, f func(context.Context) error) error {
+	if err := o.begin(ctx, name); err != nil {
+		return err
+	}
+	return f(ctx)
+}
+
+// enter names the step that begins now, for steps that only wait.
+func (o *operation) enter(ctx context.Context, name string) { _ = o.begin(ctx, name) }
+
+// begin names the step that begins now. The error is a failpoint's.
+func (o *operation) begin(ctx context.Context, name string) error {
 	now := time.Now()
 	o.leave(now)
 	o.mu.Lock()
@@ -78,6 +90,7 @@ func (o *operation) enter(ctx context.Context, name string) {
 	if o.set.observe != nil {
 		o.set.observe(kind, name)
 	}
+	return failpoint.Hit("pod", kind, name)
 }
 
 // leave ends the present step, if there is one.
@@ -139,14 +152,10 @@ func (o *operation) run(ctx context.Context, steps []step, u *undo.List) error {
 		if ctx.Err() != nil {
 			return o.fail(ctx, s.name, nil)
 		}
-		o.enter(ctx, s.name)
 		if s.undo != nil {
 			u.Add(s.name, s.undo)
 		}
-		if s.do == nil {
-			continue
-		}
-		if err := s.do(ctx); err != nil {
+		if err := o.do(ctx, s.name, s.do); err != nil {
 			return o.fail(ctx, s.name, err)
 		}
 	}

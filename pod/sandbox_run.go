@@ -163,14 +163,13 @@ func (m *Manager) runSandbox(ctx context.Context, k *call) error {
 	defer p.op.unlock()
 
 	if m.cfg.CheckHandler != nil {
-		k.op.enter(ctx, "runtime handler")
-		if err := m.cfg.CheckHandler(ctx, c.Handler, len(c.UIDMap) > 0); err != nil {
+		err := k.op.do(ctx, "runtime handler", func(ctx context.Context) error { return m.cfg.CheckHandler(ctx, c.Handler, len(c.UIDMap) > 0) })
+		if err != nil {
 			return fmt.Errorf("run sandbox %s: %w", podName(c), err)
 		}
 	}
-	k.op.enter(ctx, "record")
 	m.table.addPod(p)
-	if err := m.putPod(p, p.snap.Load(), false); err != nil {
+	if err := k.op.do(ctx, "record", func(context.Context) error { return m.putPod(p, p.snap.Load(), false) }); err != nil {
 		m.table.removePod(p)
 		return fmt.Errorf("run sandbox %s: %w", podName(c), err)
 	}

@@ -80,23 +80,19 @@ func (m *Manager) stopPod(ctx context.Context, p *podEntry, op *operation) error
 		}
 	}
 	wasReady := s.Ready()
-	op.enter(ctx, "record stopping")
-	if err := m.showPod(p, hapStop, false, nil); err != nil {
+	if err := op.do(ctx, "record stopping", func(context.Context) error { return m.showPod(p, hapStop, false, nil) }); err != nil {
 		return fmt.Errorf("stop pod %s: %w", short(p.id), err)
 	}
-	op.enter(ctx, "kill containers")
-	if err := m.stopMembers(ctx, p.id); err != nil {
+	if err := op.do(ctx, "kill containers", func(ctx context.Context) error { return m.stopMembers(ctx, p.id) }); err != nil {
 		return fmt.Errorf("stop pod %s: %w", short(p.id), err)
 	}
-	op.enter(ctx, "release sandbox")
-	if err := m.deps.Sandboxes.Release(ctx, p.id, s.Handle); err != nil {
+	if err := op.do(ctx, "release sandbox", func(ctx context.Context) error { return m.deps.Sandboxes.Release(ctx, p.id, s.Handle) }); err != nil {
 		err = fmt.Errorf("stop pod %s: release its place: %w", short(p.id), err)
 		m.log(ctx).Error(err, "pod keeps its place for now, it will be tried again", "id", p.id)
 		return err
 	}
-	op.enter(ctx, "record stopped")
 	p.released, p.unsure = true, false
-	if err := m.showPod(p, hapStopped, true, nil); err != nil {
+	if err := op.do(ctx, "record stopped", func(context.Context) error { return m.showPod(p, hapStopped, true, nil) }); err != nil {
 		return fmt.Errorf("stop pod %s: %w", short(p.id), err)
 	}
 	if wasReady {
@@ -167,14 +163,14 @@ func (m *Manager) removePod(ctx context.Context, p *podEntry, op *operation) err
 			return fmt.Errorf("remove pod %s: %w", short(p.id), err)
 		}
 	}
-	op.enter(ctx, "remove containers")
-	err := m.forMembers(p.id, func(c *containerEntry) error { return m.removeEntry(ctx, c) })
+	err := op.do(ctx, "remove containers", func(ctx context.Context) error {
+		return m.forMembers(p.id, func(c *containerEntry) error { return m.removeEntry(ctx, c) })
+	})
 	if err != nil {
 		return fmt.Errorf("remove pod %s: %w", short(p.id), err)
 	}
 	if phase != PhaseCreating { // recovery undoes those without a phase of its own
-		op.enter(ctx, "record removing")
-		if err := m.showPod(p, hapRemove, false, nil); err != nil {
+		if err := op.do(ctx, "record removing", func(context.Context) error { return m.showPod(p, hapRemove, false, nil) }); err != nil {
 			return fmt.Errorf("remove pod %s: %w", short(p.id), err)
 		}
 	}
@@ -207,7 +203,6 @@ func (m *Manager) UpdateSandbox(ctx context.Context, id string, overhead, resour
 	defer p.op.unlock()
 	op := m.ops.begin("UpdatePodSandboxResources", p.id, podName(p.snap.Load().Config))
 	defer op.end()
-	op.enter(ctx, "record")
 	n := *p.snap.Load()
 	if m.table.pod(p.id) != p || !n.Ready() {
 		return errs.New(errs.FailedPrecondition, "update pod %s: it is %s", short(p.id), n.Phase)
@@ -220,5 +215,5 @@ func (m *Manager) UpdateSandbox(ctx context.Context, id string, overhead, resour
 		c.Resources = resources
 	}
 	n.Config = &c
-	return m.putPod(p, &n, true)
+	return op.do(ctx, "record", func(context.Context) error { return m.putPod(p, &n, true) })
 }

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/internal/undo"
 	"github.com/naru-project/naru/sandbox/cni"
 	"github.com/naru-project/naru/sandbox/etcfiles"
@@ -72,6 +73,9 @@ func (m *Manager) Create(ctx context.Context, s Spec, step func(string)) (*Handl
 	} {
 		step(st.name)
 		err := context.Cause(ctx)
+		if err == nil {
+			err = failpoint.Hit("sandbox", "create", st.name)
+		}
 		if err == nil {
 			err = st.do(ctx)
 		}

@@ -12,6 +12,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/sandbox/firewall"
 	"github.com/naru-project/naru/sandbox/rtnl"
 )
@@ -26,15 +27,28 @@ func (m *Manager) Release(ctx context.Context, id string, h *Handle) error {
 		return errs.New(errs.InvalidArgument, "handle of sandbox %.80q given for sandbox %s", h.ID, id)
 	}
 	strays := len(m.ips.Outside(m.ranges()))
-	all := []error{
-		m.detach(ctx, id),
-		m.withdraw(id, h),
-		m.disconnect(id, h),
-		m.unpinFree(id),
-		m.removeFiles(id),
-	}
-	if h == nil || h.Namespaces.User != "" || h.Namespaces.PID != "" {
-		all = append(all, m.releaseMade(ctx, id))
+	var all []error
+	for _, st := range []struct {
+		name string
+		do   func() error
+	}{
+		{"detach from plugins", func() error { return m.detach(ctx, id) }},
+		{"withdraw host ports", func() error { return m.withdraw(id, h) }},
+		{"disconnect network", func() error { return m.disconnect(id, h) }},
+		{"unpin namespaces", func() error { return m.unpinFree(id) }},
+		{"remove files", func() error { return m.removeFiles(id) }},
+		{"release made namespaces", func() error {
+			if h != nil && h.Namespaces.User == "" && h.Namespaces.PID == "" {
+				return nil
+			}
+			return m.releaseMade(ctx, id)
+		}},
+	} {
+		err := failpoint.Hit("sandbox", "release", st.name)
+		if err == nil {
+			err = st.do()
+		}
+		all = append(all, err)
 	}
 	m.ips.Release(id)
 	m.ports.Release(id)

@@ -53,6 +53,7 @@ prebuild() {
 			case $dir in */i386) arch=386 ;; esac
 			(cd "$top" && CGO_ENABLED=0 GOARCH=$arch "$go" build -o "$stage/prebuilt/$name" "./$dir")
 		done
+	(cd "$top/hack" && CGO_ENABLED=0 "$go" build -o "$stage/prebuilt/hack__model" ./model)
 	[ ! -e "$top/test/ring/testdata/evil.c" ] ||
 		gcc -static -O1 -o "$stage/prebuilt/test__ring__evil" "$top/test/ring/testdata/evil.c" -lpthread
 }

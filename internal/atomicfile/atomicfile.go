@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/naru-project/naru/internal/failpoint"
 )
 
 // TempPrefix starts the names of files that were not finished; whoever reads a
@@ -26,27 +28,37 @@ var written atomic.Uint64
 // disk when it returns; without, a power loss may take the new content, and
 // the old one with it: whoever reads must be able to tell (a checksum).
 func Write(path string, data []byte, perm fs.FileMode, sync bool) (err error) {
+	if err := failpoint.Hit("file", path, "write"); err != nil {
+		return err
+	}
 	dir := filepath.Dir(path)
 	fd, tmp, err := create(dir, perm)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	defer func() {
+	done := false
+	defer func() { // after a panic too
+		if done {
+			return
+		}
+		_ = os.Remove(tmp)
 		if err != nil {
-			_ = os.Remove(tmp)
 			err = fmt.Errorf("write %s: %w", path, err)
 		}
 	}()
 	if err := fill(fd, data, perm, sync); err != nil {
 		return err
 	}
-	if !sync {
-		return exchange(tmp, path)
-	}
-	if err := os.Rename(tmp, path); err != nil {
+	if err := failpoint.Hit("file", path, "rename"); err != nil {
 		return err
 	}
-	return SyncDir(dir)
+	if !sync {
+		err = exchange(tmp, path)
+	} else if err = os.Rename(tmp, path); err == nil {
+		err = SyncDir(dir)
+	}
+	done = err == nil
+	return err
 }
 
 // create makes an unfinished file that is nobody else's.
@@ -98,18 +110,23 @@ func exchange(tmp, path string) error {
 	default:
 		return err
 	}
-	if err := unix.Unlink(tmp); err != nil { // a folder had the name
+	err = failpoint.Hit("file", path, "unlink the old one")
+	if err == nil {
+		err = unix.Unlink(tmp)
+	}
+	if err != nil { // a folder had the name
 		return errors.Join(err, unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE))
 	}
 	return nil
 }
 
-// Remove removes path; one that is not there is no error.
+// Remove removes path, also a folder that somebody put in the file's place; one
+// that is not there is no error.
 func Remove(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := failpoint.Hit("file", path, "remove"); err != nil {
 		return err
 	}
-	return nil
+	return os.RemoveAll(path)
 }
 
 // SyncDir makes the names in a folder durable.

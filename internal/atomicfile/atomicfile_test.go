@@ -87,3 +87,22 @@ func TestWriteByManyAtOnce(t *testing.T) {
 		t.Fatalf("left %v", names)
 	}
 }
+
+func TestRemove(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x")
+	for what, plant := range map[string]func() error{
+		"nothing":  func() error { return nil },
+		"a file":   func() error { return os.WriteFile(path, nil, 0o600) },
+		"a folder": func() error { return os.MkdirAll(filepath.Join(path, "in", "it"), 0o700) },
+	} {
+		if err := plant(); err != nil {
+			t.Fatal(err)
+		}
+		if err := Remove(path); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		if _, err := os.Lstat(path); err == nil {
+			t.Errorf("%s is still there", what)
+		}
+	}
+}

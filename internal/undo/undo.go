@@ -9,6 +9,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"github.com/naru-project/naru/internal/failpoint"
 )
 
 // List is what is to be undone, in the order in which it was done.
@@ -40,7 +42,11 @@ func (l *List) Run(ctx context.Context) error {
 	)
 	for i := len(l.steps) - 1; i >= 0; i-- {
 		s := l.steps[i]
-		if err := s.fn(ctx); err != nil {
+		err := failpoint.Hit("undo", "", s.name)
+		if err == nil {
+			err = s.fn(ctx)
+		}
+		if err != nil {
 			all = append(all, fmt.Errorf("undo %s: %w", s.name, err))
 			failed = append([]step{s}, failed...)
 		}

@@ -143,19 +143,33 @@ func (c *Client) live(ctx context.Context) (*session, error) {
 	}
 }
 
-// call makes a call that may be repeated.
+// call makes a call that may be repeated, and repeats it while the worker or
+// its keeper is being replaced.
 func (c *Client) call(ctx context.Context, kind wire.Kind, body wire.Body, files ...*os.File) (*answer, error) {
-	for {
+	for end := time.Now().Add(patience); ; {
 		s, err := c.live(ctx)
 		if err != nil {
 			return nil, err
 		}
 		a, err := s.call(ctx, kind, body, files, nil)
-		if !errors.Is(err, errLost) {
+		switch {
+		case errors.Is(err, errLost):
+		case errs.Is(err, errs.Unavailable) && kind != wire.KindPing && time.Now().Before(end): // no keeper at present
+			select {
+			case <-s.done:
+			case <-time.After(orphanPause):
+			case <-ctx.Done():
+				return nil, err
+			}
+		default:
 			return a, err
 		}
 	}
 }
+
+// orphanPause is between two tries of a call that a worker without a keeper
+// refuses. It does not say when it has one again.
+const orphanPause = 20 * time.Millisecond
 
 // Info tells who answers at present.
 func (c *Client) Info(ctx context.Context) (Info, error) {

@@ -367,6 +367,34 @@ func TestKillKeeper(t *testing.T) {
 	t.Logf("%d lines", checkChatter(t, chat))
 }
 
+// TestCallsWaitForAKeeper: what may be repeated is, until there is a keeper
+// again; a start in that moment is not a start that failed.
+func TestCallsWaitForAKeeper(t *testing.T) {
+	n := newNode(t)
+	held := n.run(spec{args: []string{"exit 35"}, hold: true})
+	gone := n.run(spec{args: []string{"exit 36"}})
+	n.wait(gone.id)
+	_ = n.cmd.Process.Kill()
+	_ = n.cmd.Wait()
+	n.eventually("the worker to say that it is alone", func() bool { return errs.Is(n.c.Ping(n.ctx), errs.Unavailable) })
+	calls := make(chan error, 2)
+	go func() { calls <- n.c.Start(n.ctx, held.id) }()
+	go func() { calls <- n.c.Delete(n.ctx, gone.id) }()
+	time.Sleep(100 * time.Millisecond)
+	if len(calls) > 0 {
+		t.Fatalf("a call without a keeper ended: %v", <-calls)
+	}
+	n.startKeeper()
+	for range cap(calls) {
+		if err := <-calls; err != nil {
+			t.Error(err)
+		}
+	}
+	if x := n.wait(held.id)[held.id]; x.Status != 35 && !x.Unknown {
+		t.Errorf("exit %+v", x)
+	}
+}
+
 // reapAll reaps what was re-parented to this test when a keeper was killed,
 // but leaves the present keeper to who waits for it.
 func reapAll() {

@@ -160,6 +160,11 @@ func planError(err error) error {
 		case plan.StageWorkdir, plan.StageUser, plan.StageLSM, plan.StageSeccomp, plan.StageExec:
 			return errs.Wrap(errs.FailedPrecondition, err)
 		}
+		return errs.Wrap(errs.Internal, err)
+	}
+	switch c := errs.Of(err); c {
+	case errs.Unavailable, errs.ResourceExhausted, errs.DeadlineExceeded, errs.Canceled: // of the way to the worker
+		return errs.Wrap(c, err)
 	}
 	return errs.Wrap(errs.Internal, err)
 }

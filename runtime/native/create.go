@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/internal/undo"
 	"github.com/naru-project/naru/runtime"
@@ -81,7 +82,11 @@ func (x *Executor) Create(ctx context.Context, c *runtime.Container, root *os.Fi
 		{"wait for file systems", k.awaitReady}, {"assemble the root file system", k.assemble}, {"wait for the first process", k.awaitCreated},
 		{"read its start time", k.readStart},
 	} {
-		if err := s.do(ctx); err != nil {
+		err := failpoint.Hit("native", "create", s.name)
+		if err == nil {
+			err = s.do(ctx)
+		}
+		if err != nil {
 			err = k.explain(err)
 			err = errs.New(errs.Of(err), "create container %s: %s: %w", short(c.ID), s.name, err)
 			// The undo has a deadline of its own: the caller's may be what failed.

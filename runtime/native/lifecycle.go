@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime"
 	"github.com/naru-project/naru/runtime/plan"
@@ -137,20 +138,35 @@ func (x *Executor) Kill(ctx context.Context, c *runtime.Container) error {
 // Delete kills what is left of the container and removes its traces.
 func (x *Executor) Delete(ctx context.Context, c *runtime.Container) error {
 	x.releaseHolder(c.ID)
-	all := []error{x.Kill(ctx, c)}
-	if err := x.cfg.Monitor.Delete(ctx, c.ID); err != nil && !errs.Is(err, errs.NotFound) {
-		all = append(all, err)
-	}
-	x.forget(c.ID)
-	g, err := x.cfg.Cgroups.Open(c.Cgroup)
-	if err == nil {
-		err = g.Remove(ctx)
-	}
-	if err != nil && !errs.Is(err, errs.NotFound) {
-		all = append(all, err)
-	}
-	if err := os.RemoveAll(x.ioDir(c.ID)); err != nil { //nolint:forbidigo // below our own run folder
-		all = append(all, errs.New(errs.Internal, "remove the FIFOs of container %s: %w", short(c.ID), err))
+	var all []error
+	for _, st := range []struct {
+		name string
+		do   func() error
+	}{
+		{"kill", func() error { return x.Kill(ctx, c) }},
+		{"leave the monitor", func() error { return x.cfg.Monitor.Delete(ctx, c.ID) }},
+		{"forget its process", func() error { x.forget(c.ID); return nil }},
+		{"remove the cgroup", func() error {
+			g, err := x.cfg.Cgroups.Open(c.Cgroup)
+			if err != nil {
+				return err
+			}
+			return g.Remove(ctx)
+		}},
+		{"remove the FIFOs", func() error {
+			if err := os.RemoveAll(x.ioDir(c.ID)); err != nil { //nolint:forbidigo // below our own run folder
+				return errs.New(errs.Internal, "remove the FIFOs of container %s: %w", short(c.ID), err)
+			}
+			return nil
+		}},
+	} {
+		err := failpoint.Hit("native", "delete", st.name)
+		if err == nil {
+			err = st.do()
+		}
+		if err != nil && !errs.Is(err, errs.NotFound) {
+			all = append(all, err)
+		}
 	}
 	return errors.Join(all...)
 }

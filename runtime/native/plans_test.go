@@ -2,6 +2,7 @@ package native
 
 import (
 	"flag"
+	"github.com/naru-project/naru/internal/errs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -165,5 +166,20 @@ func TestParseStat(t *testing.T) {
 	v, err := parseStat([]byte("1 (a b) c) S 1 1 1 0 -1 4194560 1 1 1 1 1 1 1 1 20 0 1 0 4242 1 1"))
 	if err != nil || v != (stat{parent: 1, start: 4242}) {
 		t.Errorf("%+v %v", v, err)
+	}
+}
+
+// TestPlanErrorKeepsTheClass: what is gone for a moment may be tried again, and
+// the error says so.
+func TestPlanErrorKeepsTheClass(t *testing.T) {
+	for _, c := range []errs.Class{errs.Unavailable, errs.ResourceExhausted, errs.DeadlineExceeded, errs.Canceled} {
+		if err := planError(errs.New(c, "the worker was lost")); !errs.Is(err, c) {
+			t.Errorf("%v became %v", c, errs.Of(err))
+		}
+	}
+	for _, c := range []errs.Class{errs.InvalidArgument, errs.NotFound, errs.Internal} { // nothing that the caller did
+		if err := planError(errs.New(c, "the request is wrong")); !errs.Is(err, errs.Internal) {
+			t.Errorf("%v became %v", c, errs.Of(err))
+		}
 	}
 }

@@ -62,6 +62,9 @@ func testMain(m *testing.M) int {
 		fmt.Println("skipping: a daemon needs root (namespaces, mounts, cgroups)")
 		return 0
 	}
+	if arg := os.Getenv(traceEnv); arg != "" {
+		return traceMain(arg)
+	}
 	if os.Getenv(stageEnv) == "" {
 		return runInside()
 	}

@@ -67,9 +67,11 @@ type options struct {
 	files   []*os.File
 	env     []string
 	binary  string
+	monitor string
 	podCIDR string
 	handler string
 	umask0  bool
+	small   string
 }
 
 // Option changes how a node is started.
@@ -84,6 +86,14 @@ func WithInherited(f ...*os.File) Option { return func(o *options) { o.files = a
 
 // WithEnv adds to the environment of keeper and daemon.
 func WithEnv(env ...string) Option { return func(o *options) { o.env = append(o.env, env...) } }
+
+// WithPrograms replaces the two programs.
+func WithPrograms(naru, monitor string) Option {
+	return func(o *options) { o.binary, o.monitor = naru, monitor }
+}
+
+// WithSmallRoot puts images, records and logs on a file system of that size.
+func WithSmallRoot(size string) Option { return func(o *options) { o.small = size } }
 
 // WithUmaskZero starts keeper and daemon with umask 0.
 func WithUmaskZero() Option { return func(o *options) { o.umask0 = true } }
@@ -115,6 +125,7 @@ func StartNode(t testing.TB, opts ...Option) *Node {
 	}
 	n.RunDir, n.Root, n.LogDir = n.Dir+"/run", n.Dir+"/root", n.Dir+"/logs"
 	n.Socket, n.Config = n.RunDir+"/naru.sock", n.Dir+"/config.toml"
+	n.opts.monitor = monitorBin
 	n.opts.podCIDR = fmt.Sprintf(`["10.%d.%d.0/24", "fd85:%x::/64"]`, 100+i/200, i%200, i)
 	for _, o := range opts {
 		o(&n.opts)
@@ -123,12 +134,22 @@ func StartNode(t testing.TB, opts ...Option) *Node {
 		WithRuntime(p)(&n.opts)
 	}
 	n.handler = n.opts.handler
+	guard(t)
+	if n.opts.small != "" {
+		small := n.Dir + "/small"
+		if err := os.MkdirAll(small, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("small", small, "tmpfs", 0, "mode=0755,size="+n.opts.small); err != nil {
+			t.Fatal(err)
+		}
+		n.Root, n.LogDir = small+"/root", small+"/logs"
+	}
 	for _, d := range []string{n.Dir, n.LogDir} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	guard(t)
 	n.writeConfig()
 	t.Cleanup(n.finish)
 	n.StartKeeper()
@@ -158,7 +179,7 @@ images.registry_dirs = []
 cgroup.driver = %q
 cgroup.default_parent = %q
 runtime.monitor = %q
-%s`, n.Root, n.RunDir, n.Socket, n.opts.podCIDR, n.NftTable, n.Links, n.Dir+"/net.d", n.Dir+"/bin", cgroupDriver(), n.Parent, monitorBin, n.opts.extra)
+%s`, n.Root, n.RunDir, n.Socket, n.opts.podCIDR, n.NftTable, n.Links, n.Dir+"/net.d", n.Dir+"/bin", cgroupDriver(), n.Parent, n.opts.monitor, n.opts.extra)
 	if err := os.WriteFile(n.Config, []byte(text), 0o600); err != nil {
 		n.t.Fatal(err)
 	}
@@ -215,7 +236,7 @@ func (n *Node) command(log string, args ...string) *exec.Cmd {
 func (n *Node) StartKeeper() {
 	n.t.Helper()
 	var err error
-	if n.keeper, err = spawn(n.command("keeper.log", monitorBin, "keeper", "--dir", n.RunDir+"/monitor")); err != nil {
+	if n.keeper, err = spawn(n.command("keeper.log", n.opts.monitor, "keeper", "--dir", n.RunDir+"/monitor")); err != nil {
 		n.t.Fatal(err)
 	}
 	eventually(n.t, 20*time.Second, "the keeper", func() bool {

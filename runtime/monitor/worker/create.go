@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/runtime/monitor/wire"
 	"github.com/naru-project/naru/runtime/plan"
 )
@@ -106,6 +107,9 @@ func (w *worker) reserve(c *container) error {
 }
 
 func (w *worker) clone(c *container, m *wire.Create, start *[]int) error {
+	if err := failpoint.Hit("worker", "create", "begin"); err != nil {
+		return err
+	}
 	if err := reopenStatus(&c.fds); err != nil {
 		return err
 	}
@@ -116,7 +120,10 @@ func (w *worker) clone(c *container, m *wire.Create, start *[]int) error {
 	if err != nil {
 		return err
 	}
-	child, err := startPlan(start, plan.Clone{Flags: m.Clone.Flags, Parent: true, Cgroup: m.Clone.Cgroup})
+	var child child
+	if err = failpoint.Hit("worker", "create", "clone"); err == nil {
+		child, err = startPlan(start, plan.Clone{Flags: m.Clone.Flags, Parent: true, Cgroup: m.Clone.Cgroup})
+	}
 	if err == nil && m.TwoStage {
 		err = w.secondStage(&child, c.fds[wire.FDStatus], func(int) {})
 	}
@@ -132,10 +139,15 @@ func (w *worker) clone(c *container, m *wire.Create, start *[]int) error {
 func (w *worker) put(c *container, seq uint64) error {
 	e := wire.Entry{ID: c.id, PID: c.pid, TTY: c.tty, Mask: c.fds.Mask()}
 	c.openOutput()
-	if err := w.link.call(wire.KindPut, seq, &e, c.fds.List()); err != nil {
+	err := failpoint.Hit("worker", "create", "give to the keeper")
+	if err == nil {
+		err = w.link.call(wire.KindPut, seq, &e, c.fds.List())
+	}
+	if err != nil {
 		_ = unix.PidfdSendSignal(c.fds[wire.FDPid], unix.SIGKILL, nil, 0)
 		return err
 	}
+	_ = failpoint.Hit("worker", "create", "given") // no way to fail from here
 	c.mu.Lock()
 	c.ready = true
 	c.mu.Unlock()
@@ -295,6 +307,9 @@ func (w *worker) start(id string) error {
 		return errs.New(errs.FailedPrecondition, "container %s has no start gate", id)
 	}
 	status, gate := fds[0], fds[1]
+	if err := failpoint.Hit("worker", "start", "open the gate"); err != nil {
+		return err
+	}
 	// EPIPE: the child is past the gate (an earlier Start) or dead; the status
 	// pipe tells.
 	if _, err := unix.Write(gate, []byte{1}); err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.EAGAIN) {
@@ -312,6 +327,9 @@ func (w *worker) start(id string) error {
 }
 
 func (w *worker) isStarted(c *container) error {
+	if err := failpoint.Hit("worker", "start", "tell the keeper"); err != nil {
+		return err
+	}
 	if err := w.link.call(wire.KindStarted, 0, &wire.ID{ID: c.id}, nil); err != nil {
 		return err
 	}

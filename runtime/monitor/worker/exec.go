@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/runtime/monitor/wire"
 	"github.com/naru-project/naru/runtime/plan"
 )
@@ -128,6 +129,9 @@ func (w *worker) exec(s *conn, p *wire.Packet) error {
 	if err := execStatus(&fds, start, m.Hold); err != nil {
 		return err
 	}
+	if err := failpoint.Hit("worker", "exec", "clone"); err != nil {
+		return err
+	}
 	c, err := startPlan(&start, plan.Clone{Flags: m.Clone.Flags, Cgroup: m.Clone.Cgroup})
 	if err != nil {
 		return err
@@ -144,6 +148,11 @@ func (w *worker) exec(s *conn, p *wire.Packet) error {
 			w.reapAndClose(c.pidfd)
 			return err
 		}
+	}
+	if err := failpoint.Hit("worker", "exec", "answer"); err != nil {
+		_ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0)
+		w.reapAndClose(c.pidfd)
+		return err
 	}
 	group := 0
 	if m.Container == "" && !m.Hold {

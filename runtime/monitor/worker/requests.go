@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/runtime/crilog"
 	"github.com/naru-project/naru/runtime/monitor/wire"
 )
@@ -297,8 +298,14 @@ func (w *worker) delete(id string, force bool) error {
 			return errs.New(errs.DeadlineExceeded, "container %s was killed and did not end within %v: %s", id, deleteTime, whatKeeps(c.pid))
 		}
 	}
+	if err := failpoint.Hit("worker", "delete", "last words"); err != nil {
+		return err
+	}
 	if c.out != nil {
 		c.lastWords()
+	}
+	if err := failpoint.Hit("worker", "delete", "forget"); err != nil {
+		return err
 	}
 	if err := w.link.call(wire.KindForget, 0, &wire.ID{ID: id}, nil); err != nil {
 		return err
