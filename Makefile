@@ -171,6 +171,7 @@ install: ## Install to PREFIX (/usr/local), DESTDIR honoured; existing configura
 	[ -e $(DESTDIR)$(SYSCONFDIR)/naru/config.toml ] || { $(bin)/naru config default >$(DESTDIR)$(SYSCONFDIR)/naru/config.toml && chmod 0600 $(DESTDIR)$(SYSCONFDIR)/naru/config.toml; }
 	[ -e $(DESTDIR)$(SYSCONFDIR)/crictl.yaml ] || install -D -m 0644 packaging/crictl.yaml $(DESTDIR)$(SYSCONFDIR)/crictl.yaml
 	install -D -m 0644 packaging/apparmor/naru-default $(DESTDIR)$(SYSCONFDIR)/apparmor.d/naru-default
+	install -D -m 0644 packaging/kubelet.conf.d/90-naru.conf $(DESTDIR)$(PREFIX)/share/naru/kubelet.conf.d/90-naru.conf
 	install -d -m 0755 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	$(bin)/naru completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/naru
 	@echo "installed; next: systemctl daemon-reload && systemctl enable --now naru"
@@ -181,6 +182,7 @@ uninstall: ## Remove what install put there; configuration and /var/lib/naru sta
 	rm -f $(DESTDIR)$(UNITDIR)/naru.service $(DESTDIR)$(UNITDIR)/naru-monitor.service
 	rm -f $(DESTDIR)$(SYSCONFDIR)/apparmor.d/naru-default
 	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/naru
+	rm -rf $(DESTDIR)$(PREFIX)/share/naru
 	@echo "removed; kept: $(DESTDIR)$(SYSCONFDIR)/naru, $(DESTDIR)$(SYSCONFDIR)/crictl.yaml, /var/lib/naru"
 
 .PHONY: clean

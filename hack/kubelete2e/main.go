@@ -20,7 +20,7 @@ import (
 	"k8s.io/klog/v2"
 )
 
-const usageText = `usage: kubelete2e run --work DIR --bin DIR --expected FILE --results FILE
+const usageText = `usage: kubelete2e run --work DIR --bin DIR --expected FILE --dropins DIR --results FILE
        kubelete2e grpc ADDRESS | lines COUNT DURATION | eat MEGABYTES   (inside of pods)
 `
 
@@ -45,6 +45,7 @@ func command(ctx context.Context, args []string) error {
 		fs.StringVar(&o.work, "work", "", "folder of this run, with config.toml and kubelet.sh")
 		fs.StringVar(&o.bin, "bin", "", "folder of naru, kubelet and this program")
 		fs.StringVar(&o.expected, "expected", "", "what the kubelet's log may hold")
+		fs.StringVar(&o.dropins, "dropins", "", "the kubelet's drop-ins that naru ships")
 		fs.StringVar(&o.results, "results", "", "page of results to write")
 		if err := fs.Parse(args[1:]); err != nil {
 			return err

@@ -21,6 +21,7 @@ import (
 // node is naru and a kubelet.
 type node struct {
 	work, bin     string
+	dropins       string
 	naru, kubelet *process
 	held          *os.File // the CRI socket, held open over restarts of naru as systemd holds it
 	restarts      []window // when the kubelet may complain
@@ -32,7 +33,7 @@ type window struct{ from, to time.Time }
 const nodeName = "naru-e2e"
 
 func newNode(o options) *node {
-	return &node{work: o.work, bin: o.bin, naru: newProcess(o.work, "naru"), kubelet: newProcess(o.work, "kubelet")}
+	return &node{work: o.work, bin: o.bin, dropins: o.dropins, naru: newProcess(o.work, "naru"), kubelet: newProcess(o.work, "kubelet")}
 }
 
 func (n *node) socket() string { return filepath.Join(n.work, "run", "naru.sock") }
@@ -149,6 +150,7 @@ func (n *node) holdSocket(ctx context.Context) error {
 
 // kubeletOptions are what one start of the kubelet differs in from others.
 type kubeletOptions struct {
+	dropins  bool // with those that naru ships
 	gates    map[string]bool
 	eviction string // threshold of imagefs.available
 	verbose  int
@@ -203,6 +205,9 @@ func (n *node) startKubelet(ctx context.Context, k *kubelet, o kubeletOptions) e
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), "unshare", "--mount", "--propagation", "unchanged", "sh", filepath.Join(n.work, "kubelet.sh"),
 		bin, "--config", file, "--root-dir", dir, "--cert-dir", filepath.Join(dir, "pki"),
 		"--hostname-override", nodeName, "--node-ip", nodeIP, fmt.Sprintf("--v=%d", max(o.verbose, 2)))
+	if o.dropins {
+		cmd.Args = append(cmd.Args, "--config-dir", n.dropins)
+	}
 	if err := n.kubelet.start(cmd); err != nil {
 		return err
 	}
@@ -215,9 +220,18 @@ func (n *node) startKubelet(ctx context.Context, k *kubelet, o kubeletOptions) e
 	})
 }
 
+// stopKubelet ends the kubelet, which cancels what it asks meanwhile.
+func (n *node) stopKubelet(sig syscall.Signal) error {
+	w := window{from: time.Now()}
+	err := n.kubelet.stop(sig)
+	w.to = time.Now()
+	n.restarts = append(n.restarts, w)
+	return err
+}
+
 // stop ends both.
 func (n *node) stop() error {
-	err := n.kubelet.stop(syscall.SIGTERM)
+	err := n.stopKubelet(syscall.SIGTERM)
 	if naruErr := n.naru.stop(syscall.SIGTERM); err == nil {
 		err = naruErr
 	}

@@ -7,8 +7,9 @@ import (
 	"syscall"
 )
 
-// Gates of the first kubelet: with what docs/install.md tells people to turn on.
-var gates = map[string]bool{"PodAndContainerStatsFromCRI": true, "CRIListStreaming": true}
+// usual is the kubelet as docs/install.md tells people to run it, and with lists
+// in streams.
+var usual = kubeletOptions{dropins: true, gates: map[string]bool{"CRIListStreaming": true}}
 
 // unusedImage is of no pod.
 const unusedImage = "localhost/kubelet/unused:1"
@@ -19,7 +20,7 @@ var parts = []part{
 		if err := s.startNaru(ctx); err != nil {
 			return err
 		}
-		if err := s.startKubelet(ctx, s.k, kubeletOptions{gates: gates}); err != nil {
+		if err := s.startKubelet(ctx, s.k, usual); err != nil {
 			return err
 		}
 		if err := s.pull(ctx, unusedImage); err != nil {
@@ -37,7 +38,7 @@ var parts = []part{
 	{"Logs", nil, logChecks},
 	{"Restarts", nil, restartChecks},
 	{"A kubelet with EventedPLEG, over a socket that is held open", func(ctx context.Context, s *suite) error {
-		if err := s.kubelet.stop(syscall.SIGTERM); err != nil {
+		if err := s.stopKubelet(syscall.SIGTERM); err != nil {
 			return err
 		}
 		if err := errors.Join(s.naru.stop(syscall.SIGTERM), s.holdSocket(ctx)); err != nil {
@@ -46,7 +47,7 @@ var parts = []part{
 		if err := s.startNaru(ctx); err != nil {
 			return err
 		}
-		return s.restartKubelet(ctx, kubeletOptions{gates: map[string]bool{"EventedPLEG": true, "PodAndContainerStatsFromCRI": true, "CRIListStreaming": true}, verbose: 4})
+		return s.restartKubelet(ctx, kubeletOptions{dropins: true, gates: map[string]bool{"EventedPLEG": true, "CRIListStreaming": true}, verbose: 4})
 	}, eventedChecks},
 	// The last one: it removes ended init containers, too, and a kubelet with
 	// EventedPLEG would run them again.

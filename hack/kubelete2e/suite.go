@@ -19,7 +19,7 @@ import (
 var manifests embed.FS
 
 // options are the command line.
-type options struct{ work, bin, expected, results string }
+type options struct{ work, bin, expected, dropins, results string }
 
 // suite is one run: a node, its pods, and what has been found.
 type suite struct {

@@ -77,6 +77,7 @@ var checks = []check{
 	{"clock", checkClock},
 	{"handlers", checkHandlers},
 	{"daemon", checkDaemon},
+	{"kubelet", checkKubelet},
 }
 
 // Run makes all checks, in parallel, and returns their results in order.
