@@ -209,6 +209,7 @@ func TestCrashMatrix(t *testing.T) {
 // survive tries all cases, on one node for as long as nothing fails.
 func survive(t *testing.T, rig func(*testing.T) *crashRig, cases []crashCase, after func(crashCase, []string)) (survived int) {
 	for failed := 0; len(cases) > 0 && failed < 8; {
+		before := len(cases)
 		ok := t.Run("node", func(t *testing.T) {
 			r := rig(t)
 			for len(cases) > 0 && !t.Failed() {
@@ -223,6 +224,9 @@ func survive(t *testing.T, rig func(*testing.T) *crashRig, cases []crashCase, af
 		})
 		if !ok {
 			failed++
+		}
+		if len(cases) == before { // -run has left it out
+			break
 		}
 	}
 	return survived
