@@ -84,6 +84,10 @@ crash: check-root check-test ## Break daemon and worker at every named step, in 
 soak: check-root check-test ## Pods under the reference model's eyes while everything is killed and the disk fills up, for DURATION (10m)
 	@NARU_SOAK=$(DURATION) $(GO) test -count=1 -timeout 300m -v -run '^TestSoak$$' ./test/ring
 
+.PHONY: model
+model: check-root check-test build cri-tools hack-tools ## The reference model of CRI judges naru, or PEER=containerd; DURATION=60s, KILL=2 kills the daemon every so many seconds
+	@hack/model.sh
+
 .PHONY: fuzz
 fuzz: check-go ## Run every fuzz target for FUZZTIME (30s)
 	@GO=$(GO) hack/fuzz.sh $(FUZZTIME)

@@ -47,8 +47,8 @@ containerd_up() {
 	        BinaryName = "$(command -v "${RUNC:-runc}")"
 	        SystemdCgroup = $([ "${NARU_CGROUP_DRIVER:-cgroupfs}" = systemd ] && echo true || echo false)
 	EOF
-	spawn containerd "$(command -v "${CONTAINERD:-containerd}")" --config "$dir/config.toml"
 	containerd_endpoint=unix://$dir/containerd.sock
+	containerd_start
 	wait_for 20 ctr --address "$dir/containerd.sock" version ||
 		{ tail -5 "$work/log/containerd" >&2; die "containerd does not come up"; }
 	set=$(images bench)
@@ -57,6 +57,8 @@ containerd_up() {
 		ctr --address "$dir/containerd.sock" -n k8s.io images import "$work/$pause.tar" >/dev/null
 	done
 }
+
+containerd_start() { spawn containerd "$(command -v "${CONTAINERD:-containerd}")" --config "$work/containerd/config.toml"; }
 
 # runtime_up starts the runtime under test, naru or the one that PEER names,
 # and sets $endpoint. runtime_down stops it.
@@ -72,5 +74,8 @@ runtime_up() {
 	esac
 	crictl_for "$endpoint"
 }
+
+# runtime_again starts it once more after its daemon was killed.
+runtime_again() { "${PEER:-naru}_start"; }
 
 runtime_down() { case ${PEER:-naru} in naru) naru_down ;; *) halt containerd ;; esac; }

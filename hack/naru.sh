@@ -51,9 +51,11 @@ naru_config() {
 # naru_up starts it and waits until it answers.
 naru_up() {
 	naru_config
-	spawn naru "$bin/naru" serve --config "$work/config.toml"
+	naru_start
 	wait_for 20 answers || { tail -20 "$work/log/naru" >&2; die "naru does not come up"; }
 }
+
+naru_start() { spawn naru "$bin/naru" serve --config "$work/config.toml"; }
 
 # naru_cni is a CNI configuration of Debian's plugins.
 naru_cni() {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -56,12 +57,15 @@ func takeHost(o hostOptions) (host, error) {
 		}
 	}
 	if o.Links != "" {
-		links, err := filepath.Glob("/sys/class/net/" + o.Links + "*")
+		// By netlink: /sys is that of the namespace it was mounted in.
+		links, err := net.Interfaces()
 		if err != nil {
 			return nil, err
 		}
 		for _, l := range links {
-			h["link "+filepath.Base(l)]++
+			if strings.HasPrefix(l.Name, o.Links) {
+				h["link "+l.Name]++
+			}
 		}
 	}
 	if o.Cgroup != "" {
