@@ -15,6 +15,7 @@ FUZZTIME  ?= 30s
 ROUNDS    ?= 5
 SYSCALLS  ?= 200
 STORE     ?= 10000
+STARTS    ?= 200
 DURATION  ?= 10m
 
 bin       := $(CURDIR)/bin
@@ -76,8 +77,9 @@ race: check-go ## Go tests with the race detector; PKG=./pod/... for some of the
 	@$(GO) test -race -timeout 15m $(or $(PKG),./...)
 
 .PHONY: crash
-crash: check-root check-test ## Break daemon and worker at every named step, in every way; SYSCALLS=2000 kills at system calls; STORE=10000 damaged state folders
+crash: check-root check-test ## Break daemon and worker at every named step, in every way; SYSCALLS=2000 kills at system calls; STORE=10000 damaged state folders, STARTS=200 of them with the real daemon
 	@NARU_STORE=$(STORE) $(GO) test -count=1 -timeout 60m -v -run '^TestDamagedStateFolders$$' ./pod
+	@NARU_STARTS=$(STARTS) $(GO) test -count=1 -timeout 60m -v -run '^TestDamagedStarts$$' ./test/ring
 	@NARU_CRASH=all NARU_SYSCALLS=$(SYSCALLS) $(GO) test -count=1 -timeout 300m -v -run '^TestCrash' ./test/ring
 
 .PHONY: soak

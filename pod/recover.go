@@ -191,14 +191,14 @@ func (m *Manager) settleContainers(ctx context.Context, r *Report, old map[strin
 // endOrphans ends containers that run without a record: their record was
 // damaged, or a create was killed before it wrote one.
 func (m *Manager) endOrphans(ctx context.Context, r *Report, states map[string]runtime.State) {
-	for id := range states {
+	for id, st := range states {
 		if m.table.container(id) != nil {
 			continue
 		}
 		r.Orphans++
 		klog.FromContext(ctx).Info("ending a container that has no record", "id", id)
 		ctx, cancel := detach(ctx, m.cfg.StopTimeout, "end orphan "+short(id))
-		view := &runtime.Container{ID: id}
+		view := &runtime.Container{ID: id, Cgroup: st.Cgroup} // its spec may be lost, too
 		if rc, err := m.specs.get(id); err == nil {
 			view = rc
 		}

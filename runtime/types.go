@@ -336,6 +336,7 @@ type HugetlbStats struct {
 type State struct {
 	ID      string
 	Process Process
-	Started bool  // past the start gate
-	Exit    *Exit // not nil once it ended
+	Cgroup  string // where the kernel has it; "" once it ended
+	Started bool   // past the start gate
+	Exit    *Exit  // not nil once it ended
 }

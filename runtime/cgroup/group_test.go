@@ -212,6 +212,36 @@ func TestKill(t *testing.T) {
 	}
 }
 
+// A container whose record is lost is found where the kernel has its process,
+// also if that made a group of its own.
+func TestFind(t *testing.T) {
+	d, parent := hostDriver(t)
+	g := create(t, d, parent, "lost", runtime.Resources{})
+	cmd := enter(t, g.CloneFD(), g.TaskFDs(), "echo in; exec sleep 100")
+	check := func(id, want string) {
+		t.Helper()
+		if got := d.Find(cmd.Process.Pid, id); got != want {
+			t.Errorf("container %s is found at %q, want %q", id, got, want)
+		}
+	}
+	check("lost", g.Path)
+	check("los", "")
+	check("other", "")
+	below := g.rel + "/lost/deeper"
+	for _, dir := range []string{g.rel + "/lost", below} {
+		if err := unix.Mkdirat(d.tracking().fd, dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := writeAt(d.tracking().fd, below+"/cgroup.procs", strconv.Itoa(cmd.Process.Pid)); err != nil {
+		t.Fatal(err)
+	}
+	check("lost", g.Path)
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	check("lost", "")
+}
+
 func waitEmpty(t testing.TB, g interface{ Procs() ([]int, error) }) {
 	t.Helper()
 	for i := 0; ; i++ {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -74,23 +75,41 @@ func (g *Group) killOne(pid int) {
 }
 
 func (g *Group) contains(pid int) bool {
+	// The path is as this process sees it; the root of the hierarchy may be a
+	// folder of it (tests, nested runtimes).
+	path, ok := g.d.tracking().pathOf(pid)
+	return ok && strings.Contains(path+"/", g.Path+"/")
+}
+
+// pathOf is the cgroup of a process in h, from proc_pid_cgroup(5).
+func (h *hierarchy) pathOf(pid int) (path string, ok bool) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
 	if err != nil {
-		return false
+		return "", false
 	}
-	h := g.d.tracking()
-	for _, line := range strings.Split(string(b), "\n") {
-		_, rest, _ := strings.Cut(line, ":")
+	for line := range strings.Lines(string(b)) {
+		_, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
 		name, path, _ := strings.Cut(rest, ":")
-		if h.v2 != (name == "") || (!h.v2 && name != h.name) {
-			continue
+		if h.v2 == (name == "") && (h.v2 || name == h.name) {
+			return path, true
 		}
-		// The path is as this process sees it; the root of the hierarchy may
-		// be a folder of it (tests, nested runtimes).
-		i := strings.Index(path+"/", g.Path+"/")
-		return i >= 0
 	}
-	return false
+	return "", false
+}
+
+// Find returns the path of container id's group, in which or below which
+// process pid is: for one whose record is lost. It is "" where there is none.
+func (d *Driver) Find(pid int, id string) string {
+	h := d.tracking()
+	path, _ := h.pathOf(pid)
+	parts := strings.Split(path, "/")
+	end := slices.Index(parts, d.groupName(id)) // the outermost: below it the container makes names
+	for begin := range end + 1 {                // the root of the hierarchy may be a folder of the path
+		if p := strings.Join(parts[begin:end+1], "/"); p != "" && p[0] != '/' && exists(h.fd, p) {
+			return "/" + p
+		}
+	}
+	return ""
 }
 
 // Procs lists the processes of the group and below, in no order. Of a threaded

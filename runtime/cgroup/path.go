@@ -35,10 +35,15 @@ func (d *Driver) ContainerPath(parent, id string) (string, error) {
 	if !validID(id) {
 		return "", errs.New(errs.InvalidArgument, "use %q as the name of a cgroup: want letters, digits, '.', '_' and '-'", clip(id))
 	}
+	return p + "/" + d.groupName(id), nil
+}
+
+// groupName is the folder of a container's group.
+func (d *Driver) groupName(id string) string {
 	if d.systemd {
-		id = "naru-" + id + ".scope"
+		return "naru-" + id + ".scope"
 	}
-	return p + "/" + id, nil
+	return id
 }
 
 // ParentPath returns the path that ContainerPath puts containers in.

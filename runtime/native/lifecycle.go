@@ -188,6 +188,7 @@ func (x *Executor) List(ctx context.Context) ([]runtime.State, error) {
 			s.Exit = &x
 		} else if t, err := startTime(x.proc, e.PID); err == nil {
 			s.Process.StartTime = t
+			s.Cgroup = x.cfg.Cgroups.Find(e.PID, e.ID)
 		}
 		out = append(out, s)
 	}
