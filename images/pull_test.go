@@ -30,6 +30,7 @@ import (
 	"github.com/naru-project/naru/images/manifest"
 	"github.com/naru-project/naru/images/unpack"
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 func TestMain(m *testing.M) {
@@ -233,7 +234,7 @@ func TestCancelLeavesNothing(t *testing.T) {
 	cancel()
 	wg.Wait()
 	waitEmpty(t, s)
-	if time.Since(start) > 3*time.Second {
+	if time.Since(start) > testhost.Limit(3*time.Second) {
 		t.Errorf("took %s", time.Since(start))
 	}
 	if len(s.List()) != 0 || len(s.Progress()) != 0 {
@@ -503,7 +504,7 @@ func TestStalledPullsStarveNobody(t *testing.T) {
 	start = time.Now()
 	cancel()
 	wg.Wait()
-	if time.Since(start) > time.Second {
+	if time.Since(start) > testhost.Limit(time.Second) {
 		t.Errorf("20 pulls took %s to cancel", time.Since(start))
 	}
 }
@@ -560,7 +561,7 @@ func TestCloseEndsPulls(t *testing.T) {
 	go func() { _, err := s.Pull(context.Background(), reg.Host()+"/app:v1", nil); done <- err }()
 	<-in
 	start := time.Now()
-	if err := s.Close(); err != nil || time.Since(start) > time.Second {
+	if err := s.Close(); err != nil || time.Since(start) > testhost.Limit(time.Second) {
 		t.Error(err, time.Since(start))
 	}
 	if err := <-done; errs.Of(err) != errs.Unavailable {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/sys"
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/sandbox/sysctl"
 )
 
@@ -853,7 +854,7 @@ func TestS10Dial(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	began := time.Now()
-	if _, err := m.Dial(ctx, h, 7001); !errs.Is(err, errs.DeadlineExceeded) || time.Since(began) > time.Second {
+	if _, err := m.Dial(ctx, h, 7001); !errs.Is(err, errs.DeadlineExceeded) || time.Since(began) > testhost.Limit(time.Second) {
 		t.Errorf("deadline: %v after %v", err, time.Since(began))
 	}
 	release(t, m, h)

@@ -19,6 +19,7 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	"k8s.io/streaming/pkg/httpstream"
 
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/pod"
 )
 
@@ -90,7 +91,7 @@ func TestExecSPDYOutputSurvivesPendingInput(t *testing.T) {
 		}
 		_ = c.conn.Close()
 	}
-	if took := time.Since(began); took > 10*time.Second { // a goodbye stuck behind input takes lingerTimeout each
+	if took := time.Since(began); took > testhost.Limit(10*time.Second) { // a goodbye stuck behind input takes lingerTimeout each
 		t.Errorf("20 rounds took %v", took)
 	}
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/naru-project/naru/images/internal/regtest"
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 func blobOf(reg *regtest.Registry, n int) ([]byte, ocispec.Descriptor) {
@@ -214,7 +215,7 @@ func TestStalls(t *testing.T) {
 			time.AfterFunc(100*time.Millisecond, func() { cancel(cause) })
 			start = time.Now()
 			_, err = readBlob(ctx, s.open(reg.Host()+"/app", nil), d, nil)
-			if !errors.Is(err, cause) || time.Since(start) > time.Second {
+			if !errors.Is(err, cause) || time.Since(start) > testhost.Limit(time.Second) {
 				t.Errorf("%v after %s", err, time.Since(start))
 			}
 		})

@@ -22,6 +22,7 @@ import (
 
 	"github.com/naru-project/naru/images/internal/regtest"
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 func TestMain(m *testing.M) { os.Exit(regtest.Main(m)) }
@@ -243,7 +244,7 @@ func TestTokenAnswers(t *testing.T) {
 	start := time.Now()
 	_, err = s.resolve(reg.Host()+"/app:v1", nil)
 	wantErr(t, err, errs.Unavailable)
-	if time.Since(start) > 15*time.Second {
+	if time.Since(start) > testhost.Limit(15*time.Second) {
 		t.Errorf("a token server that never answers held the pull for %s", time.Since(start))
 	}
 }
@@ -566,7 +567,7 @@ func TestMirrors(t *testing.T) {
 	})
 	start := time.Now()
 	ok("mirror is ill")
-	if time.Since(start) > time.Second {
+	if time.Since(start) > testhost.Limit(time.Second) {
 		t.Error("waited for an ill mirror")
 	}
 	mirror.SetHook(basicOnly("joe", canary))
@@ -698,7 +699,7 @@ func TestAnswers(t *testing.T) {
 	defer cancel()
 	start := time.Now()
 	_, err = s.open(reg.Host()+"/app", nil).Resolve(ctx, "v1", nil)
-	if err == nil || time.Since(start) > time.Second {
+	if err == nil || time.Since(start) > testhost.Limit(time.Second) {
 		t.Error("Retry-After held the pull", err)
 	}
 	if retryAfter(&http.Response{Header: http.Header{"Retry-After": {"1000000000"}}}) > maxRetryWait {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/naru-project/naru/images/internal/regtest"
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 func TestMain(m *testing.M) { os.Exit(regtest.Main(m)) }
@@ -167,7 +168,7 @@ func TestBombs(t *testing.T) {
 	members := bytes.Repeat(one, 200_000)
 	blob = Blob{Open: reader(members), Digest: digest.FromBytes(members), Size: int64(len(members)), DiffID: digest.FromBytes(nil)}
 	start := time.Now()
-	if _, err := runLayer(t, blob, Limits{}); err != nil || time.Since(start) > 20*time.Second {
+	if _, err := runLayer(t, blob, Limits{}); err != nil || time.Since(start) > testhost.Limit(20*time.Second) {
 		t.Errorf("empty gzip members: %v after %s", err, time.Since(start))
 	}
 }
@@ -207,7 +208,7 @@ func TestLayerCancel(t *testing.T) {
 		start := time.Now()
 		_, err = Layer(ctx, dir, Blob{Size: 10, DiffID: digest.FromString("x"),
 			Open: func(ctx context.Context) (io.ReadCloser, error) { return blocked{ctx}, nil }}, Limits{})
-		if !errors.Is(err, cause) || time.Since(start) > time.Second {
+		if !errors.Is(err, cause) || time.Since(start) > testhost.Limit(time.Second) {
 			t.Errorf("%v after %s", err, time.Since(start))
 		}
 		_ = dir.Close()

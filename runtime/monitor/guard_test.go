@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime/monitor"
 )
 
@@ -175,7 +176,7 @@ func TestEnsureWaitsForSuccessor(t *testing.T) {
 	if r = <-ch; r.err != nil {
 		t.Fatal(r.err)
 	}
-	if d := time.Since(begin); d < 2*time.Second || d > 20*time.Second {
+	if d := time.Since(begin); d < 2*time.Second || d > testhost.Limit(20*time.Second) {
 		t.Errorf("took %v", d)
 	}
 	if err := r.c.Delete(n.ctx, c.id); err != nil {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // trace seizes all threads of a process from a thread of this one. letGo waits
@@ -76,7 +77,7 @@ func TestTracedZombie(t *testing.T) {
 	if err := n.c.Delete(n.ctx, c.id); err != nil {
 		t.Errorf("delete: %v", err)
 	}
-	if d := time.Since(begin); d > 5*time.Second {
+	if d := time.Since(begin); d > testhost.Limit(5*time.Second) {
 		t.Errorf("it took %v", d)
 	}
 	if s := stateOf(c.pid); s != "Z" {

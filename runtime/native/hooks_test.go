@@ -12,6 +12,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/namespaces"
+	"github.com/naru-project/naru/internal/testhost"
 	"github.com/naru-project/naru/runtime"
 )
 
@@ -181,7 +182,7 @@ func TestHookFailuresD16(t *testing.T) {
 			if err == nil || errs.Of(err) != x.class || !strings.Contains(err.Error(), x.says) {
 				t.Errorf("%v (%v), want %v with %q", err, errs.Of(err), x.class, x.says)
 			}
-			if d := time.Since(began); d > 8*time.Second {
+			if d := time.Since(began); d > testhost.Limit(8*time.Second) {
 				t.Errorf("took %s", d)
 			}
 			gone(t, out)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/program"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // A program of the host runs with the host's files, no environment but PATH,
@@ -55,7 +56,7 @@ func TestRunProgram(t *testing.T) {
 		err := r.RunTool(ctx, time.Second, Tool{Args: sh(script), Umask: 0o077})
 		cancel()
 		b, _ := os.ReadFile(file)
-		if !errs.Is(err, errs.DeadlineExceeded) || time.Since(began) > 5*time.Second || (string(b) == "term\n") != said {
+		if !errs.Is(err, errs.DeadlineExceeded) || time.Since(began) > testhost.Limit(5*time.Second) || (string(b) == "term\n") != said {
 			t.Errorf("%s: %v after %v; it said %q", script, err, time.Since(began), b)
 		}
 		if !said { // it was killed
@@ -141,7 +142,7 @@ func TestRowW07RunProgram(t *testing.T) {
 	if got, err := run(time.Minute, "sleep 30 & echo $! >"+child+"; echo out"); err != nil || string(got.Stdout) != "out\n" {
 		t.Errorf("%+v, %v", got, err)
 	}
-	if d := time.Since(began); d > 20*time.Second {
+	if d := time.Since(began); d > testhost.Limit(20*time.Second) {
 		t.Errorf("all that took %v", d)
 	}
 	if b, err := os.ReadFile(child); err == nil {

@@ -23,6 +23,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/program"
+	"github.com/naru-project/naru/internal/testhost"
 )
 
 // The plugin of these tests is a shell script that writes down what it was told
@@ -293,7 +294,7 @@ func TestRowW07Misbehaviour(t *testing.T) {
 			r.clearLog()
 			began := time.Now()
 			a, err := r.attach(podA())
-			if err == nil || time.Since(began) > 8*time.Second {
+			if err == nil || time.Since(began) > testhost.Limit(8*time.Second) {
 				t.Fatalf("%+v after %v", a, time.Since(began))
 			}
 			if len(err.Error()) > 2000 {
@@ -323,7 +324,7 @@ func TestRowW07ChildHoldsOutput(t *testing.T) {
 	r := newRig(t)
 	r.write("do/ADD", goodResult+"\nsleep 60 & echo $! >"+r.dir+"/child", 0o644)
 	began := time.Now()
-	if _, err := r.attach(podA()); err != nil || time.Since(began) > 5*time.Second {
+	if _, err := r.attach(podA()); err != nil || time.Since(began) > testhost.Limit(5*time.Second) {
 		t.Errorf("%v after %v", err, time.Since(began))
 	}
 	pid, _ := os.ReadFile(filepath.Join(r.dir, "child"))
@@ -489,7 +490,7 @@ func TestStatus(t *testing.T) {
 	for range 1000 {
 		_ = r.Status()
 	}
-	if _, err := r.attach(podA()); err != nil || time.Since(began) > 3*time.Second {
+	if _, err := r.attach(podA()); err != nil || time.Since(began) > testhost.Limit(3*time.Second) {
 		t.Errorf("a pod beside a hanging STATUS: %v after %v", err, time.Since(began))
 	}
 	r.write("do/STATUS", "exit 0", 0o644)
@@ -568,7 +569,7 @@ func TestGarbage(t *testing.T) {
 	r.GCSoon()
 	r.eventually("GC hangs", func() bool { return strings.Contains(r.log(), "== GC") })
 	began := time.Now()
-	if err := r.Detach(t.Context(), idA, ""); err != nil || time.Since(began) > 3*time.Second {
+	if err := r.Detach(t.Context(), idA, ""); err != nil || time.Since(began) > testhost.Limit(3*time.Second) {
 		t.Errorf("%v after %v", err, time.Since(began))
 	}
 }
@@ -588,7 +589,7 @@ func TestRowW07HangingPodIsAlone(t *testing.T) {
 	b := podA()
 	b.ID = idB
 	began := time.Now()
-	if _, err := r.Attach(t.Context(), n, b); err != nil || time.Since(began) > 3*time.Second {
+	if _, err := r.Attach(t.Context(), n, b); err != nil || time.Since(began) > testhost.Limit(3*time.Second) {
 		t.Errorf("%v after %v", err, time.Since(began))
 	}
 	cancel(errs.New(errs.Canceled, "stopped while it was being created"))
