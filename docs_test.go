@@ -4,12 +4,15 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // pathStep is "file.go:Function" or "file.go:Type.Method" in backquotes.
@@ -288,6 +291,127 @@ func TestSecurityRows(t *testing.T) {
 	for _, row := range strings.Fields(floor) {
 		if listed[row] != 1 {
 			t.Errorf("docs/security.md has row %s %d times", row, listed[row])
+		}
+	}
+}
+
+// deadlineName are the names that constants for waits have.
+var deadlineName = regexp.MustCompile(`(?i)(timeout|patience|grace|time|wait|limit)$`)
+
+// pacing are durations with such a name for which nobody waits: when something
+// is done again, or given back.
+var pacing = []string{
+	"images/registry maxRetryWait", "images/registry retryWait", "internal/metrics idleTime", "runtime/monitor/keeper tidyTime",
+	"runtime/monitor/worker stuckTime", "runtime/monitor/worker tidyTime", "runtime/monitor/worker trimTime", "sandbox/cni settleTime",
+}
+
+// durationsOf returns the constants of a package that are durations, and the
+// defaults of a configuration that are listed as {&c.Name, value}.
+func durationsOf(t *testing.T, dir string, into map[string]time.Duration) {
+	t.Helper()
+	files, err := filepath.Glob(dir + "/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.FuncDecl:
+				return n.Name.Name == "defaults"
+			case *ast.ValueSpec:
+				for i, v := range n.Values {
+					if d, ok := durationOf(v); ok {
+						into[dir+" "+n.Names[i].Name] = d
+					}
+				}
+			case *ast.CompositeLit:
+				if len(n.Elts) != 2 {
+					return true
+				}
+				if u, ok := n.Elts[0].(*ast.UnaryExpr); ok {
+					if sel, ok := u.X.(*ast.SelectorExpr); ok {
+						if d, ok := durationOf(n.Elts[1]); ok {
+							into[dir+" "+sel.Sel.Name] = d
+						}
+					}
+				}
+			}
+			return true
+		})
+	}
+}
+
+// durationOf reads time.Unit and N * time.Unit.
+func durationOf(e ast.Expr) (time.Duration, bool) {
+	n := 1
+	if b, ok := e.(*ast.BinaryExpr); ok && b.Op == token.MUL {
+		lit, ok := b.X.(*ast.BasicLit)
+		if !ok {
+			return 0, false
+		}
+		x, err := strconv.Atoi(lit.Value)
+		if err != nil {
+			return 0, false
+		}
+		n, e = x, b.Y
+	}
+	sel, ok := e.(*ast.SelectorExpr)
+	if !ok {
+		return 0, false
+	}
+	unit, ok := map[string]time.Duration{
+		"Millisecond": time.Millisecond, "Second": time.Second, "Minute": time.Minute, "Hour": time.Hour,
+	}[sel.Sel.Name]
+	return time.Duration(n * int(unit)), ok
+}
+
+// TestDeadlines keeps docs/deadlines.md true: each row's name has its value in
+// the source, and each constant with the name of a wait has a row.
+func TestDeadlines(t *testing.T) {
+	text, err := os.ReadFile("docs/deadlines.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := map[string]time.Duration{}
+	for _, top := range []string{"cmd", "cri", "pod", "sandbox", "runtime", "images", "internal"} {
+		err := filepath.WalkDir(top, func(p string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() && d.Name() != "testdata" && !strings.HasSuffix(p, "test") {
+				durationsOf(t, p, have)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	row := regexp.MustCompile("(?m)^\\| .+ \\| ([0-9]+) (ms|s|m) \\| `([a-z/]+)` ([A-Za-z]+) \\|$")
+	listed := map[string]bool{}
+	for _, m := range row.FindAllStringSubmatch(string(text), -1) {
+		name := m[3] + " " + m[4]
+		want, err := time.ParseDuration(m[1] + m[2])
+		if got, ok := have[name]; err != nil || !ok || got != want {
+			t.Errorf("docs/deadlines.md has %s for %s, the source %v (%v)", m[1]+m[2], name, got, ok)
+		}
+		if listed[name] {
+			t.Errorf("docs/deadlines.md has %s twice", name)
+		}
+		listed[name] = true
+	}
+	for name := range have {
+		if deadlineName.MatchString(name) && !listed[name] && !slices.Contains(pacing, name) {
+			t.Errorf("docs/deadlines.md lacks %s", name)
+		}
+	}
+	for _, name := range pacing {
+		if _, ok := have[name]; !ok {
+			t.Errorf("there is no %s any more", name)
 		}
 	}
 }
