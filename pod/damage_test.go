@@ -24,6 +24,9 @@ func TestDamagedStateFolders(t *testing.T) {
 	if err != nil {
 		rounds = 150
 	}
+	if err != nil && testing.Short() {
+		rounds = 15
+	}
 	seed := uint64(time.Now().UnixNano())
 	if s, err := strconv.ParseUint(os.Getenv("NARU_SEED"), 10, 64); err == nil {
 		seed = s

@@ -25,13 +25,14 @@ part_apparmor() {
 # All specs but the five benchmarks: nothing is missing here.
 part_critest() { PARALLEL=2 LEAST=117 REPORT=/vm/out/critest.xml "$tree/hack/critest.sh"; }
 
+# The Go tests; with -test.short what is tried hundreds of times elsewhere is tried some times.
 part_units() {
 	local t name begun rc=0
 	install -m 0755 "$tree/hack/vm/go-in-guest.sh" /usr/local/bin/go
 	sysctl -qw vm.nr_hugepages=4 # for the test of the metrics of huge pages
 	for t in "$tree"/tests/*.test; do
 		name=$(basename "$t" .test) begun=$(uptime_s)
-		(cd "$tree/${name//__//}" && "$t" -test.timeout 60m -test.run "${RUN:-.}" ${VERBOSE:+-test.v}) >"/var/tmp/$name.log" 2>&1
+		(cd "$tree/${name//__//}" && "$t" -test.short -test.timeout 60m -test.run "${RUN:-.}" ${VERBOSE:+-test.v}) >"/var/tmp/$name.log" 2>&1
 		if [ $? = 0 ]; then
 			echo "ok    ${name//__//} $(since "$begun") s"
 		else

@@ -99,7 +99,7 @@ func checkChatter(t *testing.T, c *container) (count int) {
 func TestKillWorker(t *testing.T) {
 	kills := 220
 	if testing.Short() {
-		kills = 40
+		kills = 25
 	}
 	n := newNode(t)
 	var chat []*container
