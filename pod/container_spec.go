@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"cmp"
 	"fmt"
 	"syscall"
 
@@ -40,13 +41,15 @@ func (m *Manager) buildContainer(w *containerWork) error {
 			security.ReadonlyPaths = spec.DefaultReadonlyPaths()
 		}
 	}
+	live, resources := m.live.Load(), cfg.Resources
+	resources.PidsLimit = cmp.Or(resources.PidsLimit, live.PidsLimit)
 	mounts, images := w.withDevices()
 	in := spec.Input{
 		ID: w.c.id, Command: cfg.Command, Args: cfg.Args, Env: cfg.Env, WorkingDir: cfg.WorkingDir, TTY: cfg.TTY,
-		Image: w.image.Config, Security: security, Resources: cfg.Resources, Devices: cfg.Devices,
+		Image: w.image.Config, Security: security, Resources: resources, Devices: cfg.Devices,
 		Hostname: p.Hostname, Mounts: mounts, EtcFiles: h.EtcFiles, Shm: h.Shm,
 		Namespaces: h.Namespaces, TargetPID: target, UIDMap: p.UIDMap, GIDMap: p.GIDMap,
-		CgroupPath: w.c.cgroup, RootPath: "rootfs", Host: m.cfg.SpecHost, Defaults: m.cfg.SpecDefaults,
+		CgroupPath: w.c.cgroup, RootPath: "rootfs", Host: m.cfg.SpecHost, Defaults: live.SpecDefaults,
 	}
 	if w.root != nil {
 		in.Root = spec.FDRoot{Dir: w.root}
@@ -64,7 +67,7 @@ func (m *Manager) buildContainer(w *containerWork) error {
 	}
 	w.user = user
 	w.rc = &runtime.Container{
-		ID: w.c.id, Handler: w.pod.Config.Handler, SandboxID: w.pod.ID, Spec: oci, Resources: cfg.Resources, Rootfs: w.rootfs, Mounts: mounts, Images: images,
+		ID: w.c.id, Handler: w.pod.Config.Handler, SandboxID: w.pod.ID, Spec: oci, Resources: resources, Rootfs: w.rootfs, Mounts: mounts, Images: images,
 		Namespaces: h.Namespaces, PIDMode: mode, TargetID: targetID, Cgroup: w.c.cgroup,
 		UIDMap: p.UIDMap, GIDMap: p.GIDMap, Shm: h.Shm, EtcFiles: h.EtcFiles,
 		LogPath: w.c.snap.Load().LogPath, TTY: cfg.TTY, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,

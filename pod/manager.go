@@ -43,8 +43,7 @@ type Config struct {
 	ReapInterval  time.Duration // between tries to finish what could not be finished
 	EventBuffer   int           // events a subscriber may be behind
 
-	SpecHost     spec.Host // what containers may be given; the zero value: ask this machine
-	SpecDefaults spec.Defaults
+	SpecHost spec.Host // what containers may be given; the zero value: ask this machine
 
 	// Observe is called as each step of an operation begins: failpoints.
 	Observe func(kind, step string)
@@ -60,6 +59,9 @@ type Live struct {
 	Handlers []string // names of the runtime handlers that pods to come may ask for
 	// CDIDirs are the folders of CDI specification files; none: no CDI devices.
 	CDIDirs []string
+	// SpecDefaults are what containers get that is not asked for.
+	SpecDefaults spec.Defaults
+	PidsLimit    int64 // of a container; 0 = none
 	// CDIAnnotations lets containers name CDI devices in cdi.k8s.io annotations.
 	CDIAnnotations bool
 }

@@ -8,7 +8,9 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"k8s.io/klog/v2"
 
 	"github.com/naru-project/naru/images"
@@ -17,6 +19,7 @@ import (
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/pod"
 	"github.com/naru-project/naru/runtime/ocicli"
+	"github.com/naru-project/naru/runtime/spec"
 	"github.com/naru-project/naru/sandbox"
 )
 
@@ -48,12 +51,25 @@ func liveOf(cfg *config.Config) live {
 		},
 		pods: pod.Live{
 			Sync: cfg.SyncRecs, Handlers: append([]string{"", "naru"}, handlers...), CDIDirs: cfg.CDI.SpecDirs, CDIAnnotations: cfg.CDI.Annotations,
+			SpecDefaults: defaultsOf(&cfg.Default), PidsLimit: cfg.Default.PidsLimit,
 		},
 		executors: executorsOf(cfg),
 		handlers:  handlers,
 		criu:      cfg.Runtime.CRIU,
 		metrics:   cfg.Metrics.Address,
 	}
+}
+
+// defaultsOf is what containers get that is not asked for.
+func defaultsOf(c *config.Containers) spec.Defaults {
+	d := spec.Defaults{Env: c.Env, DeviceOwner: c.DeviceOwnership}
+	if len(c.Capabilities) > 0 {
+		d.Capabilities = c.Capabilities
+	}
+	for _, u := range c.Ulimits {
+		d.Rlimits = append(d.Rlimits, specs.POSIXRlimit{Type: "RLIMIT_" + strings.ToUpper(u.Name), Soft: u.Soft, Hard: u.Hard})
+	}
+	return d
 }
 
 // executorsOf sorts the runtime handlers by who runs them.

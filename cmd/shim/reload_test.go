@@ -56,7 +56,7 @@ func alter(t *testing.T, v reflect.Value) {
 	case reflect.String:
 		v.SetString(v.String() + "x")
 	case reflect.Slice:
-		v.Set(reflect.ValueOf([]string{"x"}))
+		v.Set(reflect.MakeSlice(v.Type(), 1, 1))
 	case reflect.Map:
 		m := reflect.MakeMap(v.Type())
 		m.SetMapIndex(reflect.ValueOf("x"), reflect.Zero(v.Type().Elem()))

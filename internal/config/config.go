@@ -10,17 +10,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/moby/sys/capability"
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/naru-project/naru/internal/errs"
@@ -69,6 +72,7 @@ type Config struct {
 	Images   Images             `toml:"images"`
 	Cgroup   Cgroup             `toml:"cgroup"`
 	Runtime  Runtime            `toml:"runtime"`
+	Default  Containers         `toml:"containers"`
 	CDI      CDI                `toml:"cdi"`
 	Stream   Streaming          `toml:"streaming"`
 	Metrics  Metrics            `toml:"metrics"`
@@ -129,6 +133,95 @@ type Runtime struct {
 	CRIU           string `toml:"criu" reload:"live" comment:"Absolute path of the criu program (3.17 or newer), for CheckpointContainer; empty = no checkpoints. A checkpoint holds the container's memory, with all secrets in it."`
 }
 
+// Containers settings: what containers get that is not asked for.
+type Containers struct {
+	Capabilities    []string `toml:"default_capabilities" reload:"live" comment:"What a container may do unless its pod adds to it or drops from it; [] = the usual set of Docker and containerd. A shorter list is the safest change to make here."`
+	Env             []string `toml:"default_env" reload:"live" comment:"NAME=VALUE for every container; the image's and the pod's go before it."`
+	Ulimits         []Ulimit `toml:"default_ulimits" reload:"live" comment:"Resource limits in place of the built-in ones, NAME=SOFT:HARD or NAME=BOTH, as \"nofile=1024:524288\" or \"memlock=unlimited\" (getrlimit(2)); brought below what the host allows."`
+	PidsLimit       int64    `toml:"pids_limit" reload:"live" comment:"Processes and threads of one container; 0 = no limit but the pod's, which is the kubelet's (podPidsLimit)."`
+	DeviceOwnership bool     `toml:"device_ownership_from_security_context" reload:"live" comment:"Give the devices that a container asks for to its user and group (runAsUser, runAsGroup), not to whom they belong on the host."`
+}
+
+func (c *Containers) validate(bad func(key, format string, args ...any)) {
+	for _, name := range c.Capabilities {
+		if !slices.Contains(capabilityNames(), name) {
+			bad("containers.default_capabilities", "%q is no capability; write it as in capabilities(7), with CAP_", name)
+		}
+	}
+	for _, e := range c.Env {
+		if name, _, ok := strings.Cut(e, "="); !ok || name == "" || strings.ContainsRune(e, 0) {
+			bad("containers.default_env", "%q is not NAME=VALUE", name)
+		}
+	}
+	if c.PidsLimit < 0 {
+		bad("containers.pids_limit", "%d is negative", c.PidsLimit)
+	}
+}
+
+func capabilityNames() (all []string) {
+	for _, c := range capability.ListKnown() {
+		all = append(all, "CAP_"+strings.ToUpper(c.String()))
+	}
+	return all
+}
+
+// Ulimit is one resource limit, written as NAME=SOFT:HARD.
+type Ulimit struct {
+	Name       string // nofile
+	Soft, Hard uint64 // as the kernel counts it; math.MaxUint64 is no limit
+}
+
+// ulimitNames are the limits of getrlimit(2).
+var ulimitNames = []string{
+	"as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack",
+}
+
+// UnmarshalText reads a limit (encoding.TextUnmarshaler).
+func (u *Ulimit) UnmarshalText(b []byte) error {
+	name, value, ok := strings.Cut(string(b), "=")
+	if !ok || !slices.Contains(ulimitNames, name) {
+		return fmt.Errorf("%q is not NAME=SOFT:HARD with a NAME of %s", b, strings.Join(ulimitNames, ", "))
+	}
+	soft, hard, two := strings.Cut(value, ":")
+	if !two {
+		hard = soft
+	}
+	var err error
+	if u.Soft, err = ulimitValue(soft); err == nil {
+		u.Hard, err = ulimitValue(hard)
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("%q: %w", b, err)
+	case u.Soft > u.Hard:
+		return fmt.Errorf("%q: the soft limit is above the hard one", b)
+	}
+	u.Name = name
+	return nil
+}
+
+func ulimitValue(s string) (uint64, error) {
+	if s == "unlimited" || s == "-1" {
+		return math.MaxUint64, nil
+	}
+	n, err := strconv.ParseUint(s, 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%q is neither a number nor unlimited", s)
+	}
+	return n, nil
+}
+
+// MarshalText writes a limit (encoding.TextMarshaler).
+func (u Ulimit) MarshalText() ([]byte, error) {
+	text := func(n uint64) string {
+		if n == math.MaxUint64 {
+			return "unlimited"
+		}
+		return strconv.FormatUint(n, 10)
+	}
+	return []byte(u.Name + "=" + text(u.Soft) + ":" + text(u.Hard)), nil
+}
+
 // CDI devices: the Container Device Interface.
 type CDI struct {
 	SpecDirs    []string `toml:"spec_dirs" reload:"live" comment:"Folders with the specification files (*.yaml, *.json) of CDI devices; a later folder goes before an earlier one. Root must own folders and files, and nobody else may write to them. [] switches CDI off."`
@@ -173,6 +266,7 @@ func Default() *Config {
 			PullTimeout: Duration(12 * time.Hour)},
 		Cgroup:   Cgroup{Driver: "auto"},
 		Runtime:  Runtime{UserNamespaces: true},
+		Default:  Containers{Capabilities: []string{}, Env: []string{}, Ulimits: []Ulimit{}},
 		CDI:      CDI{SpecDirs: []string{"/etc/cdi", "/var/run/cdi"}},
 		Stream:   Streaming{Address: "127.0.0.1:0"},
 		Handlers: map[string]Handler{},
@@ -338,6 +432,7 @@ func (c *Config) Validate() error {
 	} else if err := loopback(c.Metrics.Address); err != nil && c.Metrics.Address != "" {
 		bad("metrics.address", "%w: whoever reaches it is asked for nothing", err)
 	}
+	c.Default.validate(bad)
 	for _, dir := range c.CDI.SpecDirs {
 		if !filepath.IsAbs(dir) {
 			bad("cdi.spec_dirs", "%q must be an absolute path", dir)

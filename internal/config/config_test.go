@@ -2,9 +2,11 @@ package config
 
 import (
 	"bytes"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -155,4 +157,43 @@ func FuzzParse(f *testing.F) {
 			_ = c.Validate()
 		}
 	})
+}
+
+// TestContainerDefaults: what the tables of [containers] may say.
+func TestContainerDefaults(t *testing.T) {
+	read := func(text string) (*Config, error) {
+		path := filepath.Join(t.TempDir(), "config.toml")
+		if err := os.WriteFile(path, []byte("[containers]\n"+text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return Load(path)
+	}
+	c, err := read("default_ulimits = ['nofile=1024:4096', 'memlock=unlimited', 'core=0:-1']\ndefault_env = ['A=', 'B=x=y']\ndefault_capabilities = ['CAP_CHOWN']\npids_limit = 9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Ulimit{{"nofile", 1024, 4096}, {"memlock", math.MaxUint64, math.MaxUint64}, {"core", 0, math.MaxUint64}}
+	if !slices.Equal(c.Default.Ulimits, want) {
+		t.Errorf("%v", c.Default.Ulimits)
+	}
+	if b, _ := c.Default.Ulimits[2].MarshalText(); string(b) != "core=0:unlimited" {
+		t.Errorf("%s", b)
+	}
+	for text, words := range map[string]string{
+		"default_ulimits = ['nofile']":             "NAME=SOFT:HARD",
+		"default_ulimits = ['files=3']":            "NAME=SOFT:HARD",
+		"default_ulimits = ['nofile=many']":        "neither a number",
+		"default_ulimits = ['nofile=5:4']":         "above the hard",
+		"default_ulimits = ['nofile=5:']":          "neither a number",
+		"default_env = ['SECRET']":                 "NAME=VALUE",
+		"default_env = ['=x']":                     "NAME=VALUE",
+		"default_capabilities = ['CHOWN']":         "no capability",
+		"default_capabilities = ['CAP_NOBODY']":    "no capability",
+		"pids_limit = -1":                          "negative",
+		"device_ownership_from_security_context=1": "bool",
+	} {
+		if _, err := read(text); err == nil || !strings.Contains(err.Error(), words) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
 }

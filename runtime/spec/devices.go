@@ -59,6 +59,9 @@ func (b *builder) devices() error {
 			return err
 		}
 		for _, d := range found {
+			if in.Defaults.DeviceOwner {
+				d.UID, d.GID = &b.who.UID, &b.who.GID
+			}
 			give(d)
 			if !in.Security.Privileged {
 				rules = append(rules, specs.LinuxDeviceCgroup{Allow: true, Type: d.Type, Major: &d.Major, Minor: &d.Minor, Access: perms})

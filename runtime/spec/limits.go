@@ -84,8 +84,8 @@ func (b *builder) resources() error {
 	if r.Memory != 0 || r.MemorySwap != 0 {
 		out.Memory = &specs.LinuxMemory{Limit: set(r.Memory), Swap: set(r.MemorySwap)}
 	}
-	if n := cmp.Or(r.PidsLimit, b.in.Defaults.PidsLimit); n != 0 {
-		out.Pids = &specs.LinuxPids{Limit: &n}
+	if r.PidsLimit != 0 {
+		out.Pids = &specs.LinuxPids{Limit: &r.PidsLimit}
 	}
 	for _, h := range r.Hugepages {
 		out.HugepageLimits = append(out.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: h.PageSize, Limit: h.Limit})

@@ -178,6 +178,13 @@ func TestDevices(t *testing.T) {
 	if last := rules[len(rules)-1]; *last.Major != 10 || *last.Minor != 229 || last.Access != "mr" || len(rules) != 10 {
 		t.Errorf("%d rules, last %+v", len(rules), last)
 	}
+	in.Defaults.DeviceOwner, in.Security.RunAsUser, in.Security.RunAsGroup = true, new(int64(1000)), new(int64(2000))
+	if s, _, err = Build(in); err != nil || *s.Linux.Devices[0].UID != 1000 || *s.Linux.Devices[0].GID != 2000 {
+		t.Errorf("a device that goes to the container's user: %+v, %v", s.Linux.Devices, err)
+	}
+	if *testNodes["/dev/fuse"][0].UID != 0 {
+		t.Error("the host's own device was changed")
+	}
 	for name, d := range map[string]runtime.Device{
 		"perms": {HostPath: "/dev/fuse", Permissions: "rwmx"}, "twice": {HostPath: "/dev/fuse", Permissions: "rr"},
 		"relative host": {HostPath: "dev/fuse"}, "missing": {HostPath: "/dev/none"}, "relative": {HostPath: "/dev/fuse", ContainerPath: "fuse"},

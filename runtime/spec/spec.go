@@ -53,7 +53,7 @@ type Defaults struct {
 	Env          []string            // below the image's
 	Rlimits      []specs.POSIXRlimit // in place of the built-in value of the same type
 	AppArmor     string              // profile of RuntimeDefault; empty = DefaultAppArmor
-	PidsLimit    int64               // for containers that ask for none; 0 = no limit
+	DeviceOwner  bool                // requested devices belong to the container's user, not to whom they do on the host
 }
 
 // Limits on lists that a request or an image brings.

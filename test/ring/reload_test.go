@@ -55,6 +55,21 @@ func TestReload(t *testing.T) {
 	if out := n.Sh(t, n.Run(t, pod2, nil), "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /sys/class/net/eth0/mtu"); strings.Join(strings.Fields(out), " ") != "0 1400" {
 		t.Errorf("in a new pod: %q", out)
 	}
+	live += "containers.default_env = ['SITE=north', 'PATH=/never']\ncontainers.default_ulimits = ['nofile=100:200']\n" +
+		"containers.default_capabilities = ['CAP_CHOWN']\ncontainers.pids_limit = 77\ncontainers.device_ownership_from_security_context = true\n"
+	if out, err := n.reload(t, live); err != nil {
+		t.Fatal(err, out)
+	}
+	id = n.Run(t, pod2, func(c *criv1.ContainerConfig) {
+		c.Devices = []*criv1.Device{{HostPath: "/dev/full", ContainerPath: "/dev/mine", Permissions: "rw"}}
+		c.Linux.SecurityContext.RunAsUser, c.Linux.SecurityContext.RunAsGroup = &criv1.Int64Value{Value: 1234}, &criv1.Int64Value{Value: 5678}
+	})
+	if out := n.Sh(t, id, "echo $SITE $PATH; stat -c '%u:%g' /dev/mine; ulimit -n; ulimit -Hn; grep CapBnd /proc/self/status"); strings.Join(strings.Fields(out), " ") != "north /bin 1234:5678 100 200 CapBnd: 0000000000000001" {
+		t.Errorf("what containers get that is not asked for: %q", out)
+	}
+	if got := strings.TrimSpace(n.cgroupFile(t, id, "pids/pids.max", "pids.max")); got != "77" {
+		t.Errorf("processes allowed: %s", got)
+	}
 	list, err := n.Images.ListImages(within(t, callTime), &criv1.ListImagesRequest{})
 	if err != nil || len(list.GetImages()) == 0 || !list.GetImages()[0].GetPinned() {
 		t.Errorf("pinned: %v %v", list, err)
