@@ -3,13 +3,16 @@ package pod
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"syscall"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/images"
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/runtime"
+	"github.com/naru-project/naru/runtime/hooks"
 	"github.com/naru-project/naru/runtime/spec"
 	"github.com/naru-project/naru/sandbox"
 )
@@ -61,6 +64,9 @@ func (m *Manager) buildContainer(w *containerWork) error {
 	if err := w.applyDevices(oci, user); err != nil {
 		return err
 	}
+	if err := m.addHooks(w, oci); err != nil {
+		return err
+	}
 	volumes, err := spec.Volumes(w.image.Config.Volumes, mounts)
 	if err != nil {
 		return err
@@ -74,6 +80,20 @@ func (m *Manager) buildContainer(w *containerWork) error {
 		Privileged: cfg.Security.Privileged, Volumes: volumes,
 	}
 	return nil
+}
+
+// addHooks adds the hooks of the node's folders. Where the container's and the
+// pod's annotations differ, the pod's count, as with CRI-O.
+func (m *Manager) addHooks(w *containerWork, oci *specs.Spec) error {
+	dirs := m.live.Load().HookDirs
+	if len(dirs) == 0 {
+		return nil
+	}
+	cfg := w.c.snap.Load().Config
+	all := map[string]string{}
+	maps.Copy(all, cfg.Annotations)
+	maps.Copy(all, w.pod.Config.Annotations)
+	return hooks.Add(dirs, oci, hooks.Container{Annotations: all, BindMounts: len(cfg.Mounts) > 0})
 }
 
 // pidMode says which PID namespace a container gets, and for mode target the

@@ -38,7 +38,13 @@ func (m *Manager) StartContainer(ctx context.Context, id string) error {
 	if err := op.do(ctx, "record starting", func(ctx context.Context) error { return m.beginStart(ctx, c, began) }); err != nil {
 		return fmt.Errorf("start container %s: %w", short(c.id), err)
 	}
-	err = op.do(ctx, "start process", func(ctx context.Context) error { return m.deps.Executor.Start(ctx, c.id) })
+	err = op.do(ctx, "start process", func(ctx context.Context) error {
+		rc, err := m.specs.get(c.id)
+		if err != nil {
+			return err
+		}
+		return m.deps.Executor.Start(ctx, rc)
+	})
 	op.enter(ctx, "record") // whatever came of it
 	if err != nil {
 		err = fmt.Errorf("start container %s: %w", short(c.id), err)

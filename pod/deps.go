@@ -24,7 +24,8 @@ type Executor interface {
 	Create(ctx context.Context, c *runtime.Container, root *os.File) (runtime.Process, error)
 	// Start lets the first process go on. An error that the entrypoint itself
 	// caused (missing, not executable) is errs.FailedPrecondition and names it.
-	Start(ctx context.Context, id string) error
+	// After an error the caller kills what may run of it.
+	Start(ctx context.Context, c *runtime.Container) error
 	// Signal sends one signal to the first process, by pidfd. A process that
 	// is gone already is no error.
 	Signal(ctx context.Context, id string, sig syscall.Signal) error

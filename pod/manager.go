@@ -64,6 +64,8 @@ type Live struct {
 	PidsLimit    int64 // of a container; 0 = none
 	// CDIAnnotations lets containers name CDI devices in cdi.k8s.io annotations.
 	CDIAnnotations bool
+	// HookDirs are the folders of OCI hooks; none: no hooks but those of devices.
+	HookDirs []string
 }
 
 // Cgroups names cgroups (runtime/cgroup.Driver).

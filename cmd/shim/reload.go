@@ -52,6 +52,7 @@ func liveOf(cfg *config.Config) live {
 		pods: pod.Live{
 			Sync: cfg.SyncRecs, Handlers: append([]string{"", "naru"}, handlers...), CDIDirs: cfg.CDI.SpecDirs, CDIAnnotations: cfg.CDI.Annotations,
 			SpecDefaults: defaultsOf(&cfg.Default), PidsLimit: cfg.Default.PidsLimit,
+			HookDirs: cfg.Runtime.HookDirs,
 		},
 		executors: executorsOf(cfg),
 		handlers:  handlers,

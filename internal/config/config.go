@@ -127,10 +127,11 @@ type Cgroup struct {
 
 // Runtime settings of the native executor.
 type Runtime struct {
-	Monitor        string `toml:"monitor" reload:"restart" comment:"The naru-monitor binary; empty = beside naru, then PATH. It is started when no keeper answers."`
-	MonitorDir     string `toml:"monitor_dir" reload:"restart" comment:"Folder of the monitor's socket; empty = <run>/monitor."`
-	UserNamespaces bool   `toml:"user_namespaces" reload:"restart" comment:"Offer user namespaces (hostUsers: false)."`
-	CRIU           string `toml:"criu" reload:"live" comment:"Absolute path of the criu program (3.17 or newer), for CheckpointContainer; empty = no checkpoints. A checkpoint holds the container's memory, with all secrets in it."`
+	Monitor        string   `toml:"monitor" reload:"restart" comment:"The naru-monitor binary; empty = beside naru, then PATH. It is started when no keeper answers."`
+	MonitorDir     string   `toml:"monitor_dir" reload:"restart" comment:"Folder of the monitor's socket; empty = <run>/monitor."`
+	UserNamespaces bool     `toml:"user_namespaces" reload:"restart" comment:"Offer user namespaces (hostUsers: false)."`
+	CRIU           string   `toml:"criu" reload:"live" comment:"Absolute path of the criu program (3.17 or newer), for CheckpointContainer; empty = no checkpoints. A checkpoint holds the container's memory, with all secrets in it."`
+	HookDirs       []string `toml:"hook_dirs" reload:"live" comment:"Folders with OCI hooks (*.json as oci-hooks(5) has them, version 1.0.0), such as /usr/share/containers/oci/hooks.d and /etc/containers/oci/hooks.d; a file of a later folder goes before its namesake of an earlier one. They are read at each create. Root must own folders and files, and nobody else may write to them: hooks run as root. A file that cannot be used fails every create. [] = no hooks."`
 }
 
 // Containers settings: what containers get that is not asked for.
@@ -265,7 +266,7 @@ func Default() *Config {
 		Images: Images{RegistryDirs: []string{"/etc/naru/certs.d"}, Pinned: []string{}, Progress: Duration(5 * time.Minute),
 			PullTimeout: Duration(12 * time.Hour)},
 		Cgroup:   Cgroup{Driver: "auto"},
-		Runtime:  Runtime{UserNamespaces: true},
+		Runtime:  Runtime{UserNamespaces: true, HookDirs: []string{}},
 		Default:  Containers{Capabilities: []string{}, Env: []string{}, Ulimits: []Ulimit{}},
 		CDI:      CDI{SpecDirs: []string{"/etc/cdi", "/var/run/cdi"}},
 		Stream:   Streaming{Address: "127.0.0.1:0"},
@@ -436,6 +437,11 @@ func (c *Config) Validate() error {
 	for _, dir := range c.CDI.SpecDirs {
 		if !filepath.IsAbs(dir) {
 			bad("cdi.spec_dirs", "%q must be an absolute path", dir)
+		}
+	}
+	for _, dir := range c.Runtime.HookDirs {
+		if !filepath.IsAbs(dir) {
+			bad("runtime.hook_dirs", "%q must be an absolute path", dir)
 		}
 	}
 	for name, h := range c.Handlers {

@@ -90,6 +90,7 @@ func TestDropInsAndMistakes(t *testing.T) {
 		"[network]\nmtuu = 1\n[images]\npined = []\n":                  "images.pinned",
 		"[network]\nmtu = 600\n":                                       "1280",
 		"[cdi]\nspec_dirs = ['cdi']\n":                                 "cdi.spec_dirs",
+		"[runtime]\nhook_dirs = ['hooks.d']\n":                         "runtime.hook_dirs",
 		"this is no toml":                                              "line 1",
 		"[network]\nmtu = 'large'\n":                                   "line 2",
 		"socket = '/" + strings.Repeat("x", 120) + "'\n":               "longer than",

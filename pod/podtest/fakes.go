@@ -55,7 +55,8 @@ func (x executor) Create(ctx context.Context, c *runtime.Container, root *os.Fil
 	return p, err
 }
 
-func (x executor) Start(ctx context.Context, id string) error {
+func (x executor) Start(ctx context.Context, c *runtime.Container) error {
+	id := c.ID
 	return x.l.call(ctx, "Executor.Start", func() error {
 		p := x.l.w.processes[id]
 		if p == nil || p.Exit != nil {

@@ -155,11 +155,6 @@ func TestRefused(t *testing.T) {
 	}{
 		"intelRdt: {closID: x}":                                           {errs.Unimplemented, "intelRdt"},
 		"netDevices: [{hostInterfaceName: eth9, name: eth0}]":             {errs.Unimplemented, "netDevices"},
-		"hooks: [{hookName: prestart, path: /bin/x}]":                     {errs.Unimplemented, "hook prestart (/bin/x)"},
-		"hooks: [{hookName: createRuntime, path: /bin/x}]":                {errs.Unimplemented, "createRuntime"},
-		"hooks: [{hookName: startContainer, path: /bin/x}]":               {errs.Unimplemented, "startContainer"},
-		"hooks: [{hookName: poststart, path: /bin/x}]":                    {errs.Unimplemented, "poststart"},
-		"hooks: [{hookName: poststop, path: /bin/x}]":                     {errs.Unimplemented, "poststop"},
 		"hooks: [{hookName: createContainer, path: bin/x}]":               {errs.FailedPrecondition, "absolute"},
 		"hooks: [{hookName: createContainer, path: /bin/x, timeout: -1}]": {errs.FailedPrecondition, "-1 seconds"},
 		`env: ["A=b\0c"]`: {errs.FailedPrecondition, "NUL"},

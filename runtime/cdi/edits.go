@@ -1,7 +1,6 @@
 package cdi
 
 import (
-	"fmt"
 	"path"
 	"slices"
 	"strings"
@@ -92,8 +91,6 @@ func supported(p *cdispec.ContainerEdits) error {
 	for _, h := range p.Hooks {
 		text = append(append(append(text, h.Path), h.Args...), h.Env...)
 		switch {
-		case h.HookName != cdilib.CreateContainerHook:
-			return no(fmt.Sprintf("hook %s (%s)", h.HookName, h.Path))
 		case !path.IsAbs(h.Path):
 			return errs.New(errs.FailedPrecondition, "hook %q: want an absolute path", h.Path)
 		case h.Timeout != nil && *h.Timeout <= 0:

@@ -28,6 +28,7 @@ import (
 	"tags.cncf.io/container-device-interface/pkg/parser"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
 )
 
 // Limits of the folders. A specification with every partition of eight GPUs
@@ -172,7 +173,7 @@ func specNames(dir string) ([]string, error) {
 		return nil, err
 	}
 	defer f.Close()
-	if _, err := guarded(f, unix.S_IFDIR); err != nil {
+	if _, err := sys.Guarded(f, unix.S_IFDIR); err != nil {
 		return nil, fmt.Errorf("folder %s: %w", dir, err)
 	}
 	all, err := f.Readdirnames(-1)
@@ -190,24 +191,6 @@ func specNames(dir string) ([]string, error) {
 	return all, nil
 }
 
-// guarded checks that an open file is of that kind and that nobody but root
-// can change it: who writes such a file gets any device and file of the host.
-func guarded(f *os.File, kind uint32) (*unix.Stat_t, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return nil, err
-	}
-	switch {
-	case st.Mode&unix.S_IFMT != kind:
-		return nil, errors.New("it is neither a folder nor a regular file")
-	case st.Uid != 0:
-		return nil, fmt.Errorf("it belongs to user %d; root must own it", st.Uid)
-	case st.Mode&0o022 != 0:
-		return nil, fmt.Errorf("others than root may write to it (mode %#o)", st.Mode&0o7777)
-	}
-	return &st, nil
-}
-
 // load reads a file, unless it is as it was.
 func (r *Registry) load(path string, prio int) *file {
 	out := &file{prio: prio}
@@ -217,7 +200,7 @@ func (r *Registry) load(path string, prio int) *file {
 		return out
 	}
 	defer f.Close()
-	st, err := guarded(f, unix.S_IFREG)
+	st, err := sys.Guarded(f, unix.S_IFREG)
 	if err == nil && st.Size > maxFile {
 		err = fmt.Errorf("it has %d bytes, more than %d", st.Size, maxFile)
 	}

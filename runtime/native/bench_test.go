@@ -27,7 +27,7 @@ func BenchmarkContainer(b *testing.B) {
 		if _, err := r.Create(b.Context(), c, root); err != nil {
 			b.Fatal(err)
 		}
-		if err := r.Start(b.Context(), c.ID); err != nil {
+		if err := r.Start(b.Context(), c); err != nil {
 			b.Fatal(err)
 		}
 		if err := r.Delete(b.Context(), c); err != nil {

@@ -291,6 +291,11 @@ func (k *creation) awaitReady(ctx context.Context) error {
 // tree there, then lets the child go on.
 func (k *creation) assemble(ctx context.Context) error {
 	uid, gid := hostID(k.c.UIDMap, 0), hostID(k.c.GIDMap, 0)
+	if h := k.place.hooks; h != nil {
+		if h.pid = k.pid; k.builder != nil { // the first process comes later
+			h.pid = k.builder.PID
+		}
+	}
 	err := sys.OnThread(func() error {
 		if err := unix.Setns(int(k.pidfd.Fd()), unix.CLONE_NEWNS); err != nil { //nolint:forbidigo // on a thread of its own (sys.OnThread)
 			return fmt.Errorf("join the container's mount namespace: %w", err)

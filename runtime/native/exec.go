@@ -28,11 +28,15 @@ type exec struct {
 }
 
 // startExec clones a process into the container with the given streams.
-func (x *Executor) startExec(ctx context.Context, c *runtime.Container, args []string, tty bool, files [3]*os.File) (_ *exec, err error) {
+func (x *Executor) startExec(ctx context.Context, c *runtime.Container, args []string, tty bool, files [3]*os.File) (*exec, error) {
 	p, err := x.process(c, args, tty)
 	if err != nil {
 		return nil, err
 	}
+	return x.startProcess(ctx, c, p, files)
+}
+
+func (x *Executor) startProcess(ctx context.Context, c *runtime.Container, p *process, files [3]*os.File) (_ *exec, err error) {
 	h, err := x.lookup(ctx, c.ID)
 	if err != nil {
 		return nil, err

@@ -166,7 +166,6 @@ func TestHookFailuresD16(t *testing.T) {
 		{"hangs", left + "sleep 98765", func(h *specs.Hooks) { h.CreateContainer[0].Timeout = new(1) }, errs.DeadlineExceeded, "did not end within 1s"},
 		{"floods", "exec yes", func(h *specs.Hooks) { h.CreateContainer[0].Timeout = new(1) }, errs.DeadlineExceeded, "did not end within 1s"},
 		{"is missing", "", func(h *specs.Hooks) { h.CreateContainer[0].Path = "/no/such/hook" }, errs.FailedPrecondition, "no such file"},
-		{"of another kind", "", func(h *specs.Hooks) { h.Poststop = h.CreateContainer }, errs.Unimplemented, "createContainer only"},
 		{"second of two", "[ -e $OUT.1 ] && exit 5; touch $OUT.1", func(h *specs.Hooks) { h.CreateContainer = append(h.CreateContainer, h.CreateContainer[0]) }, errs.FailedPrecondition, "code 5"},
 	} {
 		t.Run(x.name, func(t *testing.T) {
@@ -232,4 +231,151 @@ func gone(t *testing.T, file string) {
 	if err == nil && strings.Contains(string(cmd), "98765") {
 		t.Errorf("process %s that a hook started is still there", pid)
 	}
+}
+
+// stageHook is a hook that notes its stage, and what it sees, in a file.
+func stageHook(t *testing.T, stage, script string) (specs.Hook, string) {
+	t.Helper()
+	h, out := hook(t, script)
+	h.Args, h.Timeout = []string{"hook", stage}, new(5)
+	return h, out
+}
+
+const stageScript = `
+state=$(cat)
+bundle=${state##*\"bundle\":\"}; bundle=${bundle%%\"*}
+config=$(cat $bundle/config.json)
+root=${config##*\"root\":\{\"path\":\"}; root=${root%%\"*}
+echo "$1 $state mnt $(readlink /proc/$$/ns/mnt) net $(readlink /proc/$$/ns/net) env $(tr '\0' ' ' </proc/$$/environ)root $(ls -d $root/bin 2>&1)" >>$OUT
+`
+
+// Every stage runs in its place and in its order, with the state that it is due.
+func TestHookStages(t *testing.T) {
+	r := newRing(t)
+	h, out := stageHook(t, "", stageScript)
+	of := func(stage string) []specs.Hook {
+		x := h
+		x.Args = []string{"hook", stage}
+		return []specs.Hook{x}
+	}
+	c := r.container("sh", "-c", "echo run; cat /inside; exec sleep 100")
+	c.Spec.Annotations = map[string]string{"of.the": "pod"}
+	inside := specs.Hook{Path: "/bin/sh", Args: []string{"sh", "-c", `cat >/inside; echo " $0 $A $ONLY pid $$ caps $(grep CapEff /proc/self/status)" >>/inside`}, Env: []string{"ONLY=this", "PATH=/bin"}}
+	c.Spec.Hooks = &specs.Hooks{
+		Prestart: of("prestart"), CreateRuntime: of("createRuntime"), StartContainer: []specs.Hook{inside}, Poststart: of("poststart"), Poststop: of("poststop"),
+	}
+	root := r.rootfs(c)
+	p, err := r.Create(t.Context(), c, root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := r.hookDir(c.ID)
+	lines := strings.Split(strings.TrimSpace(read(t, out)), "\n")
+	if len(lines) != 2 || !strings.HasPrefix(lines[0], "prestart ") || !strings.HasPrefix(lines[1], "createRuntime ") {
+		t.Fatalf("after the create: %q", lines)
+	}
+	host := func(n string) string {
+		s, err := os.Readlink("/proc/self/ns/" + n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	for _, l := range lines {
+		for _, want := range []string{
+			fmt.Sprintf(`"status":"creating","pid":%d,"bundle":%q`, p.PID, dir), `"annotations":{"of.the":"pod"}`, "mnt " + host("mnt"), "net " + host("net"),
+			"env ONLY=this root /proc/", "/rootfs/bin",
+		} {
+			if !strings.Contains(l, want) {
+				t.Errorf("no %q in %s", want, l)
+			}
+		}
+	}
+	if err := r.Start(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	lines = strings.Split(strings.TrimSpace(read(t, out)), "\n")
+	if len(lines) != 3 || !strings.HasPrefix(lines[2], "poststart ") || !strings.Contains(lines[2], fmt.Sprintf(`"status":"running","pid":%d,`, p.PID)) {
+		t.Errorf("after the start: %q", lines)
+	}
+	time.Sleep(300 * time.Millisecond)
+	// Of the container: its program, its privileges, its process numbers.
+	for _, want := range []string{"run\n", `"status":"created","pid":1,`, " sh  this pid ", "CapEff:\t00000000000000e1"} {
+		if got := r.log(c); !strings.Contains(got, want) {
+			t.Errorf("no %q in what the hook inside saw: %s", want, got)
+		}
+	}
+	for range 2 { // the second time, nothing is left to be done
+		if err := r.Delete(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lines = strings.Split(strings.TrimSpace(read(t, out)), "\n")
+	if len(lines) != 4 || !strings.HasPrefix(lines[3], "poststop ") || !strings.Contains(lines[3], `"status":"stopped",`) {
+		t.Errorf("after the delete: %q", lines)
+	}
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("the bundle is left: %v", err)
+	}
+}
+
+// A hook that fails fails what it belongs to; one of poststop only warns, and
+// those after it are run.
+func TestHookStageFailures(t *testing.T) {
+	r := newRing(t)
+	fail := func(t *testing.T) specs.Hook {
+		h, _ := stageHook(t, "", "echo no >&2; exit 3")
+		return h
+	}
+	stop, out := stageHook(t, "last", "echo ran >>$OUT")
+	for _, x := range []struct {
+		stage   string
+		hooks   specs.Hooks
+		created bool
+	}{
+		{"prestart", specs.Hooks{Prestart: []specs.Hook{fail(t)}}, false},
+		{"createRuntime", specs.Hooks{CreateRuntime: []specs.Hook{fail(t)}}, false},
+		{"startContainer", specs.Hooks{StartContainer: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "exit 3"}}}}, true},
+		{"poststart", specs.Hooks{Poststart: []specs.Hook{fail(t)}}, true},
+	} {
+		t.Run(x.stage, func(t *testing.T) {
+			r.t = t
+			c := r.container("sh", "-c", "echo it ran; exec sleep 100")
+			c.Spec.Hooks = &x.hooks
+			c.Spec.Hooks.Poststop = []specs.Hook{fail(t), stop}
+			err := r.create(c)
+			if x.created && err == nil {
+				err = r.Start(t.Context(), c)
+			}
+			if !errs.Is(err, errs.FailedPrecondition) || !strings.Contains(err.Error(), x.stage+" hook ") || !strings.Contains(err.Error(), "ended with code") {
+				t.Errorf("%v", err)
+			}
+			if got := r.log(c); x.stage != "poststart" && strings.Contains(got, "it ran") {
+				t.Error("the program was executed")
+			}
+			if err := r.Delete(t.Context(), c); err != nil {
+				t.Error(err)
+			}
+			if got := read(t, out); got != "ran\n" {
+				t.Errorf("poststop hooks: %q", got)
+			}
+			if err := os.Truncate(out, 0); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	t.Run("hangs", func(t *testing.T) {
+		r.t = t
+		h, out := hook(t, "sleep 98765 & echo $! >$OUT; sleep 98765")
+		h.Timeout = new(1)
+		c := r.container("true")
+		c.Spec.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{h}}
+		if err := r.create(c); !errs.Is(err, errs.DeadlineExceeded) || !strings.Contains(err.Error(), "did not end within 1s") {
+			t.Error(err)
+		}
+		gone(t, out)
+		if err := r.Delete(t.Context(), c); err != nil {
+			t.Error(err)
+		}
+	})
 }

@@ -2,6 +2,7 @@ package native
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"os"
 	"strings"
@@ -38,6 +39,7 @@ func (l *launch) slot(name string, f *os.File) plan.Arg {
 // process is what the last part of every plan needs, start and exec alike. It
 // is pure data, taken from an OCI spec.
 type process struct {
+	path        string // of the program; empty = what its first argument means
 	args, env   []string
 	cwd         string
 	user        specs.User
@@ -266,7 +268,7 @@ func (l *launch) execute(p *process) {
 	l.Sys(plan.StageSignals, unix.SYS_RT_SIGPROCMASK, plan.Int(unix.SIG_SETMASK), plan.Ptr(l.Data(make([]byte, 8))), plan.Int(0), plan.Int(8))
 	argv, envp := l.Strs(p.args), l.Strs(p.env)
 	var paths []plan.Ref
-	for _, c := range candidates(p.args[0], p.env) {
+	for _, c := range candidates(cmp.Or(p.path, p.args[0]), p.env) {
 		paths = append(paths, l.Str(c))
 	}
 	if p.filter != nil {

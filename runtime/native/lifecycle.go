@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
@@ -20,8 +21,27 @@ import (
 	"github.com/naru-project/naru/runtime/stdio"
 )
 
-// Start opens the start gate.
-func (x *Executor) Start(ctx context.Context, id string) error {
+// Start opens the start gate, with the container's hooks before and after. When
+// one of those fails the caller ends the container.
+func (x *Executor) Start(ctx context.Context, c *runtime.Container) error {
+	if c.Spec.Hooks == nil {
+		return x.start(ctx, c.ID)
+	}
+	if err := x.startContainerHooks(ctx, c); err != nil {
+		return err
+	}
+	h, err := x.lookup(ctx, c.ID)
+	if err != nil {
+		return err
+	}
+	_ = h.pidfd.Close()
+	if err := x.start(ctx, c.ID); err != nil {
+		return err
+	}
+	return x.programHooks(ctx, c, "poststart", c.Spec.Hooks.Poststart, specs.StateRunning, h.pid)
+}
+
+func (x *Executor) start(ctx context.Context, id string) error {
 	x.releaseHolder(id)
 	err := x.cfg.Monitor.Start(ctx, id)
 	if err == nil {
@@ -158,6 +178,12 @@ func (x *Executor) Delete(ctx context.Context, c *runtime.Container) error {
 				return errs.New(errs.Internal, "remove the FIFOs of container %s: %w", short(c.ID), err)
 			}
 			return nil
+		}},
+		{"run poststop hooks", func() error {
+			if len(all) > 0 {
+				return nil // something is left of it: when that has gone
+			}
+			return x.poststop(ctx, c)
 		}},
 	} {
 		err := failpoint.Hit("native", "delete", st.name)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
@@ -46,7 +45,7 @@ func (x *Executor) RunProgram(ctx context.Context, r program.Request) (_ program
 	}
 	p, err := x.startProgram(ctx, programFiles{stdio: [3]*os.File{in, write[0], write[1]}}, &process{
 		args: []string{r.Path}, env: r.Env, umask: 0o022, oomScoreAdj: new(0),
-		rlimits: []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 4096}, {Type: "RLIMIT_CORE"}},
+		rlimits: hookLimits(),
 	})
 	if err != nil {
 		return program.Result{}, err

@@ -182,7 +182,7 @@ func (r *ring) run(c *runtime.Container) {
 	if err := r.create(c); err != nil {
 		r.t.Fatalf("create: %v", err)
 	}
-	if err := r.Start(r.t.Context(), c.ID); err != nil {
+	if err := r.Start(r.t.Context(), c); err != nil {
 		r.t.Fatalf("start: %v", err)
 	}
 }
@@ -290,7 +290,7 @@ func TestStartErrors(t *testing.T) {
 	if err := r.create(c); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.Start(t.Context(), c.ID); !errs.Is(err, errs.FailedPrecondition) || !strings.Contains(err.Error(), "/bin/absent") {
+	if err := r.Start(t.Context(), c); !errs.Is(err, errs.FailedPrecondition) || !strings.Contains(err.Error(), "/bin/absent") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -373,7 +373,7 @@ func TestManyAtOnce(t *testing.T) {
 					t.Error(err)
 					return
 				}
-				if err := r.Start(t.Context(), c.ID); err != nil {
+				if err := r.Start(t.Context(), c); err != nil {
 					t.Error(err)
 				}
 				if err := r.Delete(t.Context(), c); err != nil {

@@ -115,6 +115,9 @@ func (b *bundle) write(c *runtime.Container) error {
 func (b *bundle) spec(c *runtime.Container) *specs.Spec {
 	s := *c.Spec
 	s.Version = ociVersion
+	// Runtimes take orders from annotations (org.systemd.property.*, run.oci.*),
+	// and those of a pod are whoever's may create one.
+	s.Annotations = nil
 	s.Root = &specs.Root{Path: b.rootfs, Readonly: c.Spec.Root != nil && c.Spec.Root.Readonly}
 	l := *c.Spec.Linux
 	s.Linux = &l

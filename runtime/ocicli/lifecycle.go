@@ -16,13 +16,14 @@ import (
 // Start lets the first process execute its program. What becomes of that, the
 // runtime cannot tell any more: a program that cannot be executed is an exit.
 // (One that is not there, Create has found out.)
-func (o *Executor) Start(ctx context.Context, id string) error {
+func (o *Executor) Start(ctx context.Context, c *runtime.Container) error {
+	id := c.ID
 	h, foreign, err := o.made(id)
 	switch {
 	case err != nil:
 		return err
 	case !foreign:
-		return o.Executor.Start(ctx, id)
+		return o.Executor.Start(ctx, c)
 	case h == nil:
 		return errs.New(errs.FailedPrecondition, "the runtime handler of container %s is not configured any more", short(id))
 	}

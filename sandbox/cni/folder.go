@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -23,6 +22,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
 )
 
 // Network is a configuration that was read.
@@ -99,7 +99,7 @@ func confFiles(dir string) ([]string, error) {
 	if len(out) == 0 {
 		return nil, nil
 	}
-	if err := guarded(d, unix.S_IFDIR); err != nil {
+	if _, err := sys.Guarded(d, unix.S_IFDIR); err != nil {
 		return fail(err)
 	}
 	if len(out) > maxConfFiles {
@@ -109,45 +109,10 @@ func confFiles(dir string) ([]string, error) {
 	return out, nil
 }
 
-// guarded checks that an open file is of that kind and that nobody but root can
-// change it: who writes it runs programs as root.
-func guarded(f *os.File, kind uint32) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return err
-	}
-	switch {
-	case st.Mode&unix.S_IFMT != kind:
-		return errors.New("it is not what it should be, a folder or a regular file")
-	case st.Uid != 0:
-		return fmt.Errorf("it belongs to user %d; root must own it (chown root:root)", st.Uid)
-	case st.Mode&0o022 != 0:
-		return fmt.Errorf("others than root may write to it, mode %#o (chmod go-w)", st.Mode&0o7777)
-	}
-	return nil
-}
-
-// readGuarded reads a whole file that only root can change.
-func readGuarded(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO must not make us wait
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }()
-	if err := guarded(f, unix.S_IFREG); err != nil {
-		return nil, err
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxConf+1))
-	if err == nil && len(data) > maxConf {
-		err = fmt.Errorf("it is larger than %d bytes", maxConf)
-	}
-	return data, err
-}
-
 // readNetwork reads a configuration file. A list that does not say
 // loadOnlyInlinedPlugins has the plugins of the folder with its name, too.
 func readNetwork(file string) (*Network, error) {
-	data, err := readGuarded(file)
+	data, err := sys.ReadGuarded(file, maxConf)
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +134,7 @@ func readNetwork(file string) (*Network, error) {
 		if filepath.Ext(path) != ".conf" {
 			continue
 		}
-		data, err := readGuarded(path)
+		data, err := sys.ReadGuarded(path, maxConf)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", path, err)
 		}
@@ -293,7 +258,7 @@ func FindPlugin(name string, dirs []string) (string, error) {
 			continue
 		}
 		if err == nil {
-			err = guarded(f, unix.S_IFREG)
+			_, err = sys.Guarded(f, unix.S_IFREG)
 			_ = f.Close()
 		}
 		if err == nil {
@@ -316,7 +281,7 @@ func guardedDir(dir string) error {
 		return err
 	}
 	defer func() { _ = d.Close() }()
-	if err := guarded(d, unix.S_IFDIR); err != nil {
+	if _, err := sys.Guarded(d, unix.S_IFDIR); err != nil {
 		return fmt.Errorf("its folder: %w", err)
 	}
 	return nil
