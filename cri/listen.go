@@ -67,21 +67,33 @@ func closeAll(files []*os.File) {
 }
 
 // adopt returns the listener of a descriptor if it is the socket at path. It is
-// bound to path if systemd has made it, and named after path if Listen has: that
-// binds to a passing name.
+// bound to path if systemd has made it, and has the name of its file if Listen
+// has: that binds to a passing path.
 func adopt(f *os.File, path string) *net.UnixListener {
+	info, err := os.Lstat(path)
+	if err != nil || info.Mode().Type() != fs.ModeSocket {
+		return nil
+	}
 	l, err := net.FileListener(f)
 	if err != nil {
 		return nil
 	}
-	if u, ok := l.(*net.UnixListener); ok && u.Addr().Network() == "unix" && (f.Name() == path || u.Addr().String() == path) {
-		if info, err := os.Lstat(path); err == nil && info.Mode().Type() == fs.ModeSocket {
-			u.SetUnlinkOnClose(false)
-			return u
-		}
+	if u, ok := l.(*net.UnixListener); ok && u.Addr().Network() == "unix" && (f.Name() == heldName(info) || u.Addr().String() == path) {
+		u.SetUnlinkOnClose(false)
+		return u
 	}
 	_ = l.Close()
 	return nil
+}
+
+// heldName is what a held socket is called: by its file, which is nobody else's
+// as long as the socket is open. At the same path there may be another by now.
+func heldName(file fs.FileInfo) string {
+	st, ok := file.Sys().(*syscall.Stat_t)
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf("cri-%d-%d", st.Dev, st.Ino)
 }
 
 func checkSocketPath(path string) error {
@@ -220,10 +232,10 @@ func admit(cred sys.PeerCred, gids []uint32) error {
 	return fmt.Errorf("process %d of user %d is not allowed", cred.PID, cred.UID)
 }
 
-// Hold gives a descriptor of the socket to hold, unless somebody holds it
-// already. From then on Close leaves the socket file in its place, for the next
-// daemon.
-func (l *Listener) Hold(hold func(*os.File) error) error {
+// Hold gives a descriptor of the socket to hold, and the name by which Listen
+// will know it, unless somebody holds it already. From then on Close leaves the
+// socket file in its place, for the next daemon.
+func (l *Listener) Hold(hold func(name string, f *os.File) error) error {
 	if l.info == nil {
 		return nil
 	}
@@ -232,7 +244,7 @@ func (l *Listener) Hold(hold func(*os.File) error) error {
 		return err
 	}
 	defer func() { _ = f.Close() }()
-	if err := hold(f); err != nil {
+	if err := hold(heldName(l.info), f); err != nil {
 		return err
 	}
 	l.info = nil

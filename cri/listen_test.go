@@ -106,15 +106,51 @@ func hold(t *testing.T, path string, byListen bool) (held *os.File) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	err = l.Hold(func(f *os.File) error {
+	err = l.Hold(func(name string, f *os.File) error {
 		fd, err := syscall.Dup(int(f.Fd()))
-		held = os.NewFile(uintptr(fd), path)
+		held = os.NewFile(uintptr(fd), name)
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return held
+}
+
+// A held socket whose file was removed is not taken for the one that has its
+// place by now: nobody could connect to it.
+func TestListenLeavesAHeldSocketWithoutAFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	held := hold(t, path, true)
+	fd, err := syscall.Dup(int(held.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := os.NewFile(uintptr(fd), held.Name())
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	l, err := Listen(path, nil, held)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Hold(func(string, *os.File) error { return nil }); err != nil { // systemd does not say that it has no room
+		t.Fatal(err)
+	}
+	_ = l.Close()
+	if l, err = Listen(path, nil, again); err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Close()
+	if c, err = l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Close()
 }
 
 // Descriptors that are not the socket at path are closed, and it is made anew.

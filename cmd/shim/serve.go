@@ -290,10 +290,15 @@ func (d *daemon) health() error {
 func (d *daemon) serve(ctx context.Context, hup <-chan os.Signal) error {
 	l, err := cri.Listen(d.cfg.Socket, nil, d.held...)
 	if err != nil {
+		notify.Drop(d.held) // in case they are what stands in the way
 		return err
 	}
 	if notify.Managed() {
-		if err := l.Hold(func(f *os.File) error { return notify.Hold(d.cfg.Socket, f) }); err != nil {
+		err := l.Hold(func(name string, f *os.File) error {
+			notify.Drop(d.held) // systemd keeps one, and none of these was it
+			return notify.Hold(name, f)
+		})
+		if err != nil {
 			klog.ErrorS(err, "The CRI socket will not stay open over a restart", "socket", d.cfg.Socket)
 		}
 	}

@@ -66,6 +66,12 @@ crictl version >/dev/null || die "a call does not wait while the daemon is away"
 systemctl restart naru && crictl version >/dev/null || die "a call right after a restart"
 [ "$(stat -c %i /run/naru/naru.sock)" = "$socket" ] || die "the socket did not stay open over the daemon's death and a restart"
 say "calls wait on the same socket while the daemon is away"
+rm /run/naru/naru.sock
+systemctl restart naru && crictl version >/dev/null || die "no socket after one was removed"
+socket=$(stat -c %i /run/naru/naru.sock)
+systemctl restart naru && crictl version >/dev/null || die "the daemon took the removed socket for the one in its place"
+[ "$(stat -c %i /run/naru/naru.sock)" = "$socket" ] || die "the new socket did not stay open over a restart"
+say "a removed socket is made anew, and stays open in its turn"
 wait_running || die "the container did not survive SIGKILL of the daemon"
 say "survived SIGKILL of the daemon; systemd started it again"
 keeper=$(systemctl show -p MainPID --value naru-monitor)

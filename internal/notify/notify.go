@@ -54,6 +54,14 @@ func Hold(name string, f *os.File) error {
 	return nil
 }
 
+// Drop has systemd close what it has kept of Hold by these names. Without it,
+// what is of no use any more would take the place of what is.
+func Drop(held []*os.File) {
+	for _, f := range held {
+		send("FDSTOREREMOVE=1\nFDNAME=" + f.Name())
+	}
+}
+
 // sendWith sends a message with a descriptor beside it, which
 // [daemon.SdNotify] cannot.
 func sendWith(address, message string, fd int) error {

@@ -62,7 +62,7 @@ func TestHold(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	if err := Hold("/run/a.sock", w); err != nil {
+	if err := Hold("a", w); err != nil {
 		t.Fatal(err)
 	}
 	_ = w.Close()
@@ -71,7 +71,7 @@ func TestHold(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := string(text[:n]), "FDSTORE=1\nFDNAME=/run/a.sock"; got != want {
+	if got, want := string(text[:n]), "FDSTORE=1\nFDNAME=a"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 	msgs, err := syscall.ParseSocketControlMessage(oob[:oobn])
@@ -89,6 +89,12 @@ func TestHold(t *testing.T) {
 	_ = kept.Close()
 	if b, err := io.ReadAll(r); err != nil || string(b) != "x" {
 		t.Errorf("read %q: %v", b, err)
+	}
+	Drop([]*os.File{r, w}) // open or closed
+	for _, f := range []*os.File{r, w} {
+		if got, want := next(t, c), "FDSTOREREMOVE=1\nFDNAME="+f.Name(); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
 	}
 	t.Setenv("NOTIFY_SOCKET", "")
 	if err := Hold("x", r); err == nil {
