@@ -158,7 +158,7 @@ func execError(c *runtime.Container, args []string, err error) error {
 
 // ExecSync runs a command to its end and returns its output.
 func (o *Executor) ExecSync(ctx context.Context, c *runtime.Container, s runtime.ExecSpec) (runtime.ExecResult, error) {
-	h, err := o.of(c)
+	h, err := o.maker(c.ID)
 	if err != nil {
 		return runtime.ExecResult{}, err
 	}
@@ -195,7 +195,7 @@ func (o *Executor) ExecSync(ctx context.Context, c *runtime.Container, s runtime
 
 // Exec runs a command with streams and returns its exit code.
 func (o *Executor) Exec(ctx context.Context, c *runtime.Container, s runtime.ExecSpec, st runtime.Streams) (int, error) {
-	h, err := o.of(c)
+	h, err := o.maker(c.ID)
 	if err != nil {
 		return 0, err
 	}

@@ -18,14 +18,12 @@ import (
 // (One that is not there, Create has found out.)
 func (o *Executor) Start(ctx context.Context, c *runtime.Container) error {
 	id := c.ID
-	h, foreign, err := o.made(id)
-	switch {
-	case err != nil:
+	h, err := o.maker(id)
+	if err != nil {
 		return err
-	case !foreign:
+	}
+	if h == nil {
 		return o.Executor.Start(ctx, c)
-	case h == nil:
-		return errs.New(errs.FailedPrecondition, "the runtime handler of container %s is not configured any more", short(id))
 	}
 	// Repeated after a crash, it may be running.
 	if err := h.call(ctx, command{args: []string{"start", id}, limit: startTime, log: o.log(id)}); err != nil {
@@ -118,12 +116,12 @@ func (o *Executor) List(ctx context.Context) ([]runtime.State, error) {
 
 // Checkpoint is not there for these containers.
 func (o *Executor) Checkpoint(ctx context.Context, c *runtime.Container, dir string) error {
-	h, err := o.of(c)
+	h, err := o.maker(c.ID)
 	if err != nil {
 		return err
 	}
 	if h != nil {
-		return errs.New(errs.Unimplemented, "checkpoint container %s: those of handler %q cannot be checkpointed, only native ones", short(c.ID), c.Handler)
+		return errs.New(errs.Unimplemented, "checkpoint container %s: those of handler %q cannot be checkpointed, only native ones", short(c.ID), h.Name)
 	}
 	return o.Executor.Checkpoint(ctx, c, dir)
 }

@@ -161,7 +161,7 @@ func (o *Executor) UserNamespaces(name string) bool {
 	return true
 }
 
-// of finds the handler that runs container c; nil is the native one.
+// of finds the handler that is to make container c; nil is the native one.
 func (o *Executor) of(c *runtime.Container) (*handler, error) {
 	t := o.table.Load()
 	if slices.Contains(t.native, c.Handler) {
@@ -185,6 +185,16 @@ func (o *Executor) made(id string) (h *handler, foreign bool, err error) {
 		return nil, false, errs.New(errs.Internal, "find the handler of container %s: %w", short(id), err)
 	}
 	return o.table.Load().handlers[string(b)], true, nil
+}
+
+// maker finds the handler that a container that is there was made by, whatever
+// its name means since a reload; nil is the native one.
+func (o *Executor) maker(id string) (*handler, error) {
+	h, foreign, err := o.made(id)
+	if foreign && h == nil && err == nil {
+		err = errs.New(errs.FailedPrecondition, "the runtime handler of container %s is not configured any more; put it back, or remove the pod", short(id))
+	}
+	return h, err
 }
 
 // folder is a container's own.

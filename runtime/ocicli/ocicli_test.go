@@ -13,6 +13,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/runtime"
+	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/native"
 )
 
@@ -218,4 +219,31 @@ func FuzzRuntimeOutput(f *testing.F) {
 			t.Errorf("a message of %d bytes", len(s))
 		}
 	})
+}
+
+// A container stays with who made it when a reload gives its handler's name to
+// another: its execs too.
+func TestReconfigureLeavesContainersWhereTheyAre(t *testing.T) {
+	drv := &cgroup.Driver{}
+	o, err := New(nil, Config{RunDir: t.TempDir(), Cgroups: drv, Live: Live{Native: []string{"", "native"}, Handlers: []Handler{{Name: "oci", Path: "/bin/runtime"}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	byRuntime, byUs := strings.Repeat("a", 64), strings.Repeat("b", 64)
+	if err := os.Mkdir(o.folder(byRuntime), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(o.folder(byRuntime), "handler"), []byte("oci"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := o.maker(byRuntime); err != nil || h == nil || h.Name != "oci" {
+		t.Errorf("made by a runtime: %v, %v", h, err)
+	}
+	o.Reconfigure(Live{Native: []string{"", "oci"}, Handlers: []Handler{{Name: "native", Path: "/bin/runtime"}}})
+	if h, err := o.maker(byRuntime); h != nil || !errs.Is(err, errs.FailedPrecondition) {
+		t.Errorf("made by a runtime whose handler is a native one now: %v, %v", h, err)
+	}
+	if h, err := o.maker(byUs); h != nil || err != nil {
+		t.Errorf("native: %v, %v", h, err)
+	}
 }
