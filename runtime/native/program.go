@@ -147,18 +147,23 @@ func programPlan(p *process, f programFiles) *launch {
 	return l
 }
 
-// killGroup ends a program and all that it started and that is still in its
-// process group, which it leads (setsid), and waits for its own end.
+// killGroup ends a program with its process group and waits for its own end.
 func killGroup(ctx context.Context, p *monitor.ExecProcess) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTime)
 	defer cancel()
-	err := unix.PidfdSendSignal(sys.FD(p.PIDFD), unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
-	if errors.Is(err, unix.EINVAL) && unix.PidfdSendSignal(sys.FD(p.PIDFD), 0, nil, 0) == nil {
-		// Before Linux 6.9. The number is the group's as long as its leader lives.
-		_ = unix.Kill(-p.PID, unix.SIGKILL) //nolint:forbidigo // of a living leader, see above
-	}
-	_ = unix.PidfdSendSignal(sys.FD(p.PIDFD), unix.SIGKILL, nil, 0)
+	signalGroup(p, unix.SIGKILL)
 	_, _ = p.Wait(ctx)
+}
+
+// signalGroup signals a program and all that it started and that is still in
+// its process group, which it leads (setsid).
+func signalGroup(p *monitor.ExecProcess, sig unix.Signal) {
+	fd := sys.FD(p.PIDFD)
+	err := unix.PidfdSendSignal(fd, sig, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
+	if errors.Is(err, unix.EINVAL) && unix.PidfdSendSignal(fd, 0, nil, 0) == nil {
+		// Before Linux 6.9. The number is the group's as long as its leader lives.
+		_ = unix.Kill(-p.PID, sig) //nolint:forbidigo // of a living leader, see above
+	}
 }
 
 // memoryFile is a file without a name, with data in it.

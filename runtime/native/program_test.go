@@ -60,16 +60,40 @@ func TestRunProgram(t *testing.T) {
 			t.Errorf("%s: %v after %v; it said %q", script, err, time.Since(began), b)
 		}
 		if !said { // it was killed
-			pid := strings.TrimSpace(string(b))
-			for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-				if _, err := os.Stat("/proc/" + pid); err != nil {
-					break
-				}
-				if time.Now().After(end) {
-					t.Errorf("process %s lives", pid)
-					break
-				}
-			}
+			awaitGone(t, strings.TrimSpace(string(b)))
+		}
+	}
+}
+
+// What a tool has started ends with it when its time is over, whether the tool
+// itself heeds SIGTERM or not.
+func TestRunToolEndsItsChildren(t *testing.T) {
+	r := newRing(t)
+	file := filepath.Join(t.TempDir(), "pid")
+	for _, script := range []string{"", "trap '' TERM; "} {
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		err := r.RunTool(ctx, 100*time.Millisecond, Tool{Args: []string{"/bin/sh", "-c", script + "sleep 3210 & echo $! >" + file + "; wait; wait"}, Umask: 0o077})
+		cancel()
+		if !errs.Is(err, errs.DeadlineExceeded) {
+			t.Errorf("%q: %v", script, err)
+		}
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		awaitGone(t, strings.TrimSpace(string(b)))
+	}
+}
+
+func awaitGone(t *testing.T, pid string) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat("/proc/" + pid); err != nil {
+			return
+		}
+		if time.Now().After(end) {
+			t.Errorf("process %s lives", pid)
+			return
 		}
 	}
 }

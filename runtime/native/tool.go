@@ -77,21 +77,20 @@ func (x *Executor) RunTool(ctx context.Context, grace time.Duration, t Tool) err
 	return nil
 }
 
-// EndTool asks a tool to end, kills it after grace, and waits for that.
+// EndTool asks a tool and its process group to end, kills after grace who has
+// not, and waits for the tool's end.
 func EndTool(proc *monitor.ExecProcess, grace time.Duration) {
-	fd := sys.FD(proc.PIDFD)
 	for _, s := range []struct {
 		sig  unix.Signal
 		wait time.Duration
 	}{{unix.SIGTERM, grace}, {unix.SIGKILL, killTime}} {
-		if unix.PidfdSendSignal(fd, s.sig, nil, 0) != nil {
-			return // it has been reaped
-		}
-		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		signalGroup(proc, s.sig)
+		p := []unix.PollFd{{Fd: int32(sys.FD(proc.PIDFD)), Events: unix.POLLIN}}
 		if n, _ := unix.Poll(p, int(s.wait.Milliseconds())); n > 0 {
-			return
+			break
 		}
 	}
+	signalGroup(proc, unix.SIGKILL) // who was left behind
 }
 
 // attach puts mounts at places in a mount namespace of the child's own.

@@ -118,13 +118,18 @@ func (r *reaper) run(args []string) error {
 		r.kill()
 	}()
 	r.letGo()
+	exited := false
+	defer func() {
+		if !exited {
+			r.endAll()
+		}
+	}()
 	code, err := r.wait(&r.program)
 	if err != nil {
 		return err
 	}
-	if r.endAll() {
-		r.tell("program %d", 128+int(unix.SIGKILL))
-		return nil
+	if r.over() {
+		code = 128 + int(unix.SIGKILL)
 	}
 	if code != 0 {
 		r.tell("program %d", code)
@@ -137,7 +142,7 @@ func (r *reaper) run(args []string) error {
 	r.mu.Lock()
 	r.process = process
 	r.mu.Unlock()
-	if r.endAll() { // a signal that came before it was known
+	if r.over() { // a signal that came before it was known
 		r.tell("program %d", 128+int(unix.SIGKILL))
 		return nil
 	}
@@ -145,6 +150,7 @@ func (r *reaper) run(args []string) error {
 	if code, err = r.wait(&r.process); err != nil {
 		return err
 	}
+	exited = true
 	r.tell("exit %d", code)
 	return nil
 }
@@ -213,20 +219,25 @@ func killChild(pid int) {
 	}
 }
 
-// endAll reports whether this exec was to be ended, and then ends whatever the
-// program has left: it may have started the process, and not told its pid.
-func (r *reaper) endAll() bool {
+// over reports whether this exec was to be ended.
+func (r *reaper) over() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.killed {
-		return false
-	}
+	return r.killed
+}
+
+// endAll ends whatever the program has left: it may have started the process,
+// and not told its pid.
+func (r *reaper) endAll() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.program, r.process = 0, 0 // both are reaped here
 	for {
 		for _, pid := range children() {
 			killChild(pid)
 		}
 		if _, err := unix.Wait4(-1, nil, unix.WALL, nil); err != nil && err != unix.EINTR {
-			return true // there is none left
+			return // there is none left
 		}
 	}
 }

@@ -113,6 +113,14 @@ func TestReaperKills(t *testing.T) {
 			t.Errorf("report %+v", got)
 		}
 	})
+	t.Run("what a program that fails has started", func(t *testing.T) {
+		if got := start(t, "setsid sleep "+mark+" & exit 4", nil); got.Failed != 4 {
+			t.Errorf("report %+v", got)
+		}
+		if got := start(t, "setsid sleep "+mark+" & exit 0", nil); got.Problem == "" { // and does not say what
+			t.Errorf("report %+v", got)
+		}
+	})
 	left := func() (n int) {
 		files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 		for _, f := range files {
