@@ -21,7 +21,7 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest) (*ExecProcess, error) 
 	}
 	m := &wire.Exec{
 		Container: r.ContainerID, Clone: wire.Clone{Flags: r.Clone.Flags, Cgroup: r.Clone.Cgroup},
-		TwoStage: r.TwoStage, Hold: r.Hold, Slots: len(r.FDs), Status: r.StatusR != nil,
+		TwoStage: r.TwoStage, Hold: r.Hold, Slots: len(r.FDs), Status: r.StatusR != nil, Term: r.Term,
 	}
 	all := append([]*os.File{r.Plan}, r.FDs...)
 	if r.StatusR != nil {
@@ -49,7 +49,11 @@ func (s *session) exec(ctx context.Context, m *wire.Exec, files []*os.File) (*Ex
 	a, err := s.await(ctx, req, w, func(a *answer) { // nobody waits for it: end it
 		forget()
 		if !a.Failed && len(a.fds) > 0 {
-			_ = unix.PidfdSendSignal(a.fds[0], unix.SIGKILL, nil, 0)
+			sig := unix.SIGKILL
+			if m.Term {
+				sig = unix.SIGTERM
+			}
+			_ = unix.PidfdSendSignal(a.fds[0], sig, nil, 0)
 		}
 	})
 	if err != nil {

@@ -131,6 +131,9 @@ type ExecRequest struct {
 	// Hold: do not read the status pipe to its end; answer as soon as the (second) pid is known.
 	// For children that do not execve at once (namespace makers).
 	Hold bool
+	// Term: should this client be gone, the process is asked to end, by SIGTERM,
+	// before it is killed: it takes others with it.
+	Term bool
 }
 
 // ExecProcess is a running child of the worker.
@@ -145,6 +148,6 @@ type ExecProcess struct {
 // errs.Unavailable means that the worker was lost and the status with it.
 func (p *ExecProcess) Wait(ctx context.Context) (Exit, error) { return p.wait(ctx) }
 
-// Close releases the pidfd; it does not end the process. The worker SIGKILLs a
+// Close releases the pidfd; it does not end the process. The worker ends a
 // process whose client is gone.
 func (p *ExecProcess) Close() { p.done() }

@@ -99,7 +99,7 @@ func (x *Executor) startProgram(ctx context.Context, files programFiles, p *proc
 		return nil, err
 	}
 	defer func() { _ = f.Close() }()
-	e, err := x.cfg.Monitor.Exec(ctx, monitor.ExecRequest{Plan: f, FDs: l.files, Clone: l.clone, StatusR: sr})
+	e, err := x.cfg.Monitor.Exec(ctx, monitor.ExecRequest{Plan: f, FDs: l.files, Clone: l.clone, StatusR: sr, Term: files.binary != nil})
 	if err != nil {
 		return nil, planError(err)
 	}

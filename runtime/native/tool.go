@@ -20,7 +20,8 @@ type Tool struct {
 	Stdio [3]*os.File // nil = the null device
 	Umask uint32
 	// Binary is executed in place of what Args[0] names, with Report as its
-	// descriptor 3; nil = neither.
+	// descriptor 3; nil = neither. It takes what it has started with it when it
+	// gets SIGTERM, as the worker sends it when the daemon dies.
 	Binary, Report *os.File
 	// Mounts are attached in a mount namespace that is the program's own, and
 	// ends with it and what it clones.

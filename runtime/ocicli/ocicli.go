@@ -87,6 +87,14 @@ func New(x *native.Executor, cfg Config) (*Executor, error) {
 	o := &Executor{Executor: x, cfg: cfg, dir: filepath.Join(cfg.RunDir, "oci")}
 	o.table.Store(&table{})
 	o.Reconfigure(cfg.Live)
+	// What is left of execs that ended with the daemon before this one, their
+	// environments among it.
+	left, _ := filepath.Glob(filepath.Join(o.dir, "*", "exec-*"))
+	for _, f := range append(left, o.consoleDir()) {
+		if err := os.RemoveAll(f); err != nil {
+			return nil, errs.New(errs.Internal, "remove what is left of an exec: %w", err)
+		}
+	}
 	for _, dir := range []string{o.dir, o.consoleDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, errs.New(errs.Internal, "make the folder of OCI runtimes: %w", err)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -156,6 +157,24 @@ func TestOCISurvives(t *testing.T) {
 			}
 		})
 	}
+	t.Run("execs end with the daemon", func(t *testing.T) {
+		lives := func() bool {
+			return slices.ContainsFunc(allPIDs(), func(pid int) bool { return running(pid) && cmdline(pid) == "sleep 6543" })
+		}
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_, _ = n.ExecErr(t, id, "/bin/sh", "-c", "trap '' TERM; sleep 6543; true")
+		}()
+		eventually(t, 10*time.Second, "the exec to run", lives)
+		n.KillDaemon()
+		<-ended
+		eventually(t, 10*time.Second, "the processes of an exec to end with the daemon", func() bool { return !lives() })
+		n.StartDaemon()
+		if l, _ := filepath.Glob(n.RunDir + "/oci/" + id + "/exec-*"); len(l) > 0 { // one holds the environment
+			t.Errorf("left of execs: %v", l)
+		}
+	})
 	_, _ = n.ExecErr(t, exits, "/bin/touch", "/tmp/go")                   // may end with the container
 	if s := n.WaitExit(t, exits); s.ExitCode != 23 && s.ExitCode != 255 { // of a killed keeper's child, older kernels do not tell
 		t.Errorf("exit code %d", s.ExitCode)

@@ -5,7 +5,7 @@ import "github.com/naru-project/naru/internal/errs"
 // Versions of the three things that can meet in different releases.
 const (
 	ClientMin = 1 // daemon ↔ worker
-	ClientMax = 2 // 2: KindTake
+	ClientMax = 2 // 2: KindTake, Exec.Term
 	KeeperMin = 1 // keeper ↔ worker
 	KeeperMax = 2 // 2: KindBeat is answered
 	TableMin  = 1 // what a keeper leaves to the next one
@@ -219,6 +219,7 @@ type Exec struct {
 	TwoStage, Hold bool
 	Slots          int
 	Status         bool
+	Term           bool // since version 2; a worker of before does not look at it
 }
 
 func (m *Exec) encode(e *Encoder) {
@@ -228,11 +229,13 @@ func (m *Exec) encode(e *Encoder) {
 	e.Bool(m.Hold)
 	e.Int(m.Slots)
 	e.Bool(m.Status)
+	e.Bool(m.Term)
 }
 func (m *Exec) decode(d *Decoder) {
 	m.Container = d.String()
 	m.Clone.decode(d)
 	m.TwoStage, m.Hold, m.Slots, m.Status = d.Bool(), d.Bool(), d.Int(), d.Bool()
+	m.Term = len(d.B) > 0 && d.Bool()
 	if m.Slots < 0 || m.Slots > MaxFDs {
 		d.Fail()
 	}

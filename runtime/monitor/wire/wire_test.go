@@ -21,7 +21,7 @@ func bodies() map[Kind]Body {
 	x := &Exit{ID: "a", PID: 1, Status: 2, Signal: 3, Time: 4, Unknown: true}
 	return map[Kind]Body{
 		KindHello: &Hello{1, 2}, KindTake: &Take{ID: "id", PID: 7, TTY: true, Kept: 1}, KindCreate: &Create{ID: "id", Clone: Clone{1, true, -1}, TwoStage: true, TTY: true, Slots: 7, Kept: 6},
-		KindStart: &ID{"x"}, KindExec: &Exec{Container: "c", Clone: Clone{5, false, 3}, TwoStage: true, Hold: true, Slots: 2, Status: true},
+		KindStart: &ID{"x"}, KindExec: &Exec{Container: "c", Clone: Clone{5, false, 3}, TwoStage: true, Hold: true, Slots: 2, Status: true, Term: true},
 		KindAttach: &Attach{"id", true, false, true}, KindSetLog: &Flag{"id", true}, KindExit: x,
 		KindEntry: &Entry{ID: "e", PID: 9, TTY: true, Started: true, Adopted: true, Exit: x, Mask: 0xfff, Dropped: 1 << 40},
 		KindList:  &Entries{List: []Entry{{ID: "1"}, {ID: "2", Exit: x}}},
@@ -45,6 +45,12 @@ func TestRoundTrip(t *testing.T) {
 		// A later release may append fields.
 		if err := Unmarshal(append(rest, 1, 2, 3), got); err != nil {
 			t.Errorf("%T with more fields: %v", body, err)
+		}
+		if kind == KindExec { // those of version 1 end here
+			rest = rest[:len(rest)-1]
+			if err := Unmarshal(rest, got); err != nil || got.(*Exec).Term {
+				t.Errorf("exec of version 1: %+v, %v", got, err)
+			}
 		}
 		for cut := range rest {
 			if err := Unmarshal(rest[:cut], got); err == nil {

@@ -84,8 +84,23 @@ func reapNow(pidfd int) (x wire.Exit, ok bool) {
 type execProc struct {
 	pidfd int
 	group int // its process group, if it is to end with it; 0 = not
+	term  bool
 	mu    sync.Mutex
 	over  bool
+}
+
+// end ends the process because its client is gone.
+func (e *execProc) end() {
+	if !e.term {
+		e.kill()
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.over {
+		_ = unix.PidfdSendSignal(e.pidfd, unix.SIGTERM, nil, 0)
+		time.AfterFunc(termTime, e.kill)
+	}
 }
 
 func (e *execProc) kill() {
@@ -158,7 +173,7 @@ func (w *worker) exec(s *conn, p *wire.Packet) error {
 	if m.Container == "" && !m.Hold {
 		group = c.pid // a program of the host: it leads a session, and no cgroup holds what it starts
 	}
-	return w.execRuns(s, p.Req, c, group)
+	return w.execRuns(s, p.Req, c, &execProc{pidfd: c.pidfd, group: group, term: m.Term})
 }
 
 // execStatus sets up the status pipe of an exec. Who waits for its end must be
@@ -198,8 +213,7 @@ func (w *worker) reapAndClose(pidfd int) {
 }
 
 // execRuns answers the client and tells it later how the process ended.
-func (w *worker) execRuns(s *conn, req uint64, c child, group int) error {
-	e := &execProc{pidfd: c.pidfd, group: group}
+func (w *worker) execRuns(s *conn, req uint64, c child, e *execProc) error {
 	s.addExec(e)
 	s.reply(req, wire.EncodeBody(&wire.Created{PID: c.pid}), []int{c.pidfd}, false, nil)
 	w.reap(c.pidfd, func(x wire.Exit) {

@@ -146,7 +146,7 @@ func (s *conn) hello(buf []byte) bool {
 	return true
 }
 
-// close ends the connection: execs of a client that is gone are killed.
+// close ends the connection, and with it the execs of its client.
 func (s *conn) close() {
 	s.w.mu.Lock()
 	delete(s.w.conns, s)
@@ -157,7 +157,7 @@ func (s *conn) close() {
 	s.execs, s.events = nil, nil
 	s.mu.Unlock()
 	for _, e := range execs {
-		e.kill()
+		e.end()
 	}
 	_ = s.c.Close()
 }
@@ -171,7 +171,7 @@ func (s *conn) addExec(e *execProc) {
 	}
 	s.mu.Unlock()
 	if gone {
-		e.kill()
+		e.end()
 	}
 }
 

@@ -57,6 +57,7 @@ const (
 	drainTime  = 2 * time.Second  // for what a dead container left in its pipes
 	deleteTime = 10 * time.Second // for a killed container to end
 	sendTime   = 10 * time.Second // for a daemon to read
+	termTime   = 5 * time.Second  // from SIGTERM to SIGKILL
 	tidyTime   = 2 * time.Second  // from a request to a garbage collection
 )
 
