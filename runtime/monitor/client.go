@@ -146,7 +146,9 @@ func (c *Client) live(ctx context.Context) (*session, error) {
 // call makes a call that may be repeated, and repeats it while the worker or
 // its keeper is being replaced.
 func (c *Client) call(ctx context.Context, kind wire.Kind, body wire.Body, files ...*os.File) (*answer, error) {
-	for end := time.Now().Add(patience); ; {
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	for {
 		s, err := c.live(ctx)
 		if err != nil {
 			return nil, err
@@ -154,10 +156,11 @@ func (c *Client) call(ctx context.Context, kind wire.Kind, body wire.Body, files
 		a, err := s.call(ctx, kind, body, files, nil)
 		switch {
 		case errors.Is(err, errLost):
-		case errs.Is(err, errs.Unavailable) && kind != wire.KindPing && time.Now().Before(end): // no keeper at present
+		case errs.Is(err, errs.Unavailable) && kind != wire.KindPing: // no keeper; the next one has a worker of its own
 			select {
 			case <-s.done:
-			case <-time.After(orphanPause):
+			case <-t.C:
+				return nil, err
 			case <-ctx.Done():
 				return nil, err
 			}
@@ -166,10 +169,6 @@ func (c *Client) call(ctx context.Context, kind wire.Kind, body wire.Body, files
 		}
 	}
 }
-
-// orphanPause is between two tries of a call that a worker without a keeper
-// refuses. It does not say when it has one again.
-const orphanPause = 20 * time.Millisecond
 
 // Info tells who answers at present.
 func (c *Client) Info(ctx context.Context) (Info, error) {
