@@ -42,6 +42,8 @@ type handler struct {
 type Features struct {
 	UserNamespaces bool
 	Version        string
+	// Place: foreignRoot was as it must be when the runtime was asked.
+	Place bool
 }
 
 // command is one run of a runtime's program.
@@ -182,6 +184,7 @@ func (h *handler) features(ctx context.Context) (Features, error) {
 	if err != nil {
 		return Features{}, errs.New(errs.Of(err), "runtime handler %q: ask what it can do: %w", h.Name, err)
 	}
+	can.Place = can.UserNamespaces && checkForeignRoot() == nil
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.asked, h.can = true, can

@@ -158,13 +158,14 @@ func (o *Executor) CheckHandler(ctx context.Context, name string, userns bool) e
 	return checkForeignRoot()
 }
 
-// UserNamespaces reports whether pods with this handler can have one.
+// UserNamespaces reports whether pods with this handler can have one: from
+// memory, for Status.
 func (o *Executor) UserNamespaces(name string) bool {
 	if !o.cfg.UserNamespaces {
 		return false
 	}
 	if h := o.table.Load().handlers[name]; h != nil {
-		return h.known().UserNamespaces && checkForeignRoot() == nil
+		return h.known().Place
 	}
 	return true
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -245,5 +246,43 @@ func TestReconfigureLeavesContainersWhereTheyAre(t *testing.T) {
 	}
 	if h, err := o.maker(byUs); h != nil || err != nil {
 		t.Errorf("native: %v, %v", h, err)
+	}
+}
+
+// What Status tells of user namespaces was found out before: the place that
+// they need is looked at when the runtime is asked, for on a host it may lie on
+// a file server that hangs.
+func TestUserNamespacesFromMemory(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: CAP_SYS_ADMIN for a mount namespace")
+	}
+	o, err := New(nil, Config{RunDir: t.TempDir(), Cgroups: &cgroup.Driver{}, UserNamespaces: true, Live: Live{Handlers: []Handler{{Name: "oci", Path: "/bin/runtime"}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := o.table.Load().handlers["oci"]
+	h.asked, h.can = true, Features{UserNamespaces: true, Place: true}
+	covered := make(chan bool)
+	go func() {
+		defer close(covered)
+		goruntime.LockOSThread() // for good: the thread has other mounts
+		err := unix.Unshare(unix.CLONE_NEWNS)
+		if err == nil {
+			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+		}
+		if err == nil {
+			err = unix.Mount("none", foreignRoot, "tmpfs", 0, "mode=0700")
+		}
+		if err != nil {
+			t.Errorf("cover %s: %v", foreignRoot, err)
+			return
+		}
+		if checkForeignRoot() == nil {
+			t.Errorf("%s is closed and not found to be", foreignRoot)
+		}
+		covered <- o.UserNamespaces("oci")
+	}()
+	if told, ok := <-covered; ok && !told {
+		t.Error("UserNamespaces has looked at the host")
 	}
 }
