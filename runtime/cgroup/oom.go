@@ -86,7 +86,7 @@ type account struct {
 	Ended map[string]uint64 `json:"ended,omitempty"`
 }
 
-// open begins the account of a slice before the first scope is made there. What
+// open begins the account of a slice before anybody makes a scope there. What
 // the kernel has counted until then is the past.
 func (l *ledger) open(slice string) error {
 	l.mu.Lock()

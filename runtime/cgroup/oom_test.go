@@ -129,3 +129,31 @@ func TestLedgerFailures(t *testing.T) {
 		t.Errorf("without an account: %d, %v", n, err)
 	}
 }
+
+// The account of a slice begins with its pod: an OCI runtime makes scopes there
+// of which nobody here hears.
+func TestLedgerOfAPod(t *testing.T) {
+	d, _ := systemdDriver(t)
+	slice, err := d.ParentPath("kubepods-podY.slice")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := counts{slice: 0}
+	l := c.ledger("")
+	d.ledger.kills, d.ledger.below = l.kills, l.below
+	if err := d.EnsurePod(t.Context(), "kubepods-podY.slice"); err != nil {
+		t.Fatal(err)
+	}
+	scope := slice + "/naru-a.scope"
+	c.kill(scope)
+	delete(c, scope)
+	if n, err := d.ledger.settle(scope, 0, classify(unix.ENOENT, "gone")); n != 1 || err != nil {
+		t.Errorf("%d kills, %v", n, err)
+	}
+	if err := d.RemovePod(t.Context(), "kubepods-podY.slice"); err != nil {
+		t.Fatal(err)
+	}
+	if d.ledger.get(slice) != nil {
+		t.Error("the account is still there")
+	}
+}

@@ -129,14 +129,19 @@ func (d *Driver) EnsurePod(ctx context.Context, parent string) error {
 }
 
 // ensureParent makes path and what is missing above it. Where all is there it
-// costs one look per hierarchy and takes no lock.
+// costs one look per hierarchy; only a slice's account takes a lock.
 func (d *Driver) ensureParent(ctx context.Context, path string) error {
 	rel := path[1:]
-	if rel == "" || len(d.missing(rel)) == 0 {
+	switch {
+	case rel == "":
 		return nil
-	}
-	if d.systemd {
-		return d.ensureSlice(ctx, path)
+	case d.systemd:
+		if err := d.ensureSlice(ctx, path); err != nil {
+			return err
+		}
+		return d.ledger.open(path)
+	case len(d.missing(rel)) == 0:
+		return nil
 	}
 	d.marks.mu.Lock()
 	defer d.marks.mu.Unlock()

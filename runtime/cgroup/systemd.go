@@ -73,9 +73,6 @@ func property(name string, value any) sddbus.Property {
 // too, because a daemon-reload writes a unit's properties again.
 func (d *Driver) startScope(ctx context.Context, cgroupPath string, pid int, r *runtime.Resources) error {
 	slice := path.Base(parentOf(cgroupPath))
-	if err := d.ledger.open(parentOf(cgroupPath)); err != nil {
-		return err
-	}
 	limits := *r
 	if limits.MemorySwap == 0 && limits.Memory > 0 {
 		limits.MemorySwap = limits.Memory // no swap unless asked for, as swapMax
@@ -256,6 +253,9 @@ func (g *Group) bandwidth() (quota, period int64) {
 
 // ensureSlice makes a pod's slice, where kubelet has not.
 func (d *Driver) ensureSlice(ctx context.Context, cgroupPath string) error {
+	if exists(d.unified.fd, cgroupPath[1:]) {
+		return nil
+	}
 	d.marks.mu.Lock()
 	defer d.marks.mu.Unlock()
 	if exists(d.unified.fd, cgroupPath[1:]) {
