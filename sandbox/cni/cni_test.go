@@ -472,6 +472,33 @@ func TestWhichConfiguration(t *testing.T) {
 
 // Status is asked for in the background: a plugin that hangs there, or refuses,
 // is told by the condition and keeps nobody waiting.
+// Who writes a configuration and then makes a pod gets what he wrote, whoever
+// else reads the folder meanwhile.
+func TestLastConfigurationCounts(t *testing.T) {
+	r := newRig(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				r.Reload()
+			}
+		})
+	}
+	defer wg.Wait()
+	defer cancel()
+	for i := range 300 {
+		name := fmt.Sprint("net", i)
+		r.write("tmp", conflist(name, "fake"), 0o644)
+		if err := os.Rename(filepath.Join(r.dir, "tmp"), filepath.Join(r.dir, "net.d", "10-fake.conflist")); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := r.Network(""); err != nil || n.Name() != name {
+			t.Fatalf("the pod gets network %q, %v; want %q", n.Name(), err, name)
+		}
+	}
+}
+
 func TestStatus(t *testing.T) {
 	r := newRig(t)
 	r.run()

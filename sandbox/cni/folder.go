@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -301,11 +302,15 @@ func (n *Network) Missing(binDirs []string) error {
 type folder struct {
 	dir     string
 	handler string // whose it is; "" = everybody else's
-	now     atomic.Pointer[Found]
+	looking sync.Mutex
+	now     atomic.Pointer[Found] // read without a lock
 }
 
-// reload reads the folder again and reports whether it has changed.
+// reload reads the folder again and reports whether it has changed. One look at
+// a time: an older one must not take the place of a newer.
 func (f *folder) reload() bool {
+	f.looking.Lock()
+	defer f.looking.Unlock()
 	found := Look(f.dir)
 	old := f.now.Swap(&found)
 	return old == nil || !old.same(found)
