@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"time"
 
+	"github.com/naru-project/naru/internal/config"
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/namespaces"
 	"github.com/naru-project/naru/sandbox/cni"
@@ -107,11 +108,7 @@ type Deps struct {
 	Programs   cni.Runner     // may be nil: then CNI plugins cannot be run
 }
 
-var (
-	tableName  = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,30}$`)
-	linkPrefix = regexp.MustCompile(`^[a-z][a-z0-9]{0,5}$`)
-	sandboxID  = regexp.MustCompile(`^[0-9a-f]{64}$`)
-)
+var sandboxID = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
 // Limits of an Ethernet MTU that carries IPv6 (RFC 8200 5).
 const (
@@ -133,9 +130,9 @@ func (c *Config) check() (p parsed, err error) {
 	switch {
 	case !filepath.IsAbs(c.RunDir):
 		return bad("run folder %q is not absolute", c.RunDir)
-	case !tableName.MatchString(c.Table):
+	case !config.TableName.MatchString(c.Table):
 		return bad("nftables table %q is no plain name", c.Table)
-	case !linkPrefix.MatchString(c.LinkPrefix):
+	case !config.LinkPrefix.MatchString(c.LinkPrefix):
 		return bad("link prefix %q must be 1 to 6 letters and digits", c.LinkPrefix)
 	case c.Plugin != PluginAuto && c.Plugin != PluginBuiltin && c.Plugin != PluginCNI:
 		return bad("network plugin %.40q is none of %s, %s, %s", c.Plugin, PluginAuto, PluginBuiltin, PluginCNI)

@@ -296,7 +296,7 @@ func (m *Manager) watchFirewall(ctx context.Context) {
 		})
 		if err != nil {
 			log.Error(err, "Watch nftables; trying again")
-			pause(ctx, retryEvery)
+			sys.Pause(ctx, retryEvery)
 		}
 	}
 }
@@ -306,7 +306,7 @@ func (m *Manager) watchFirewall(ctx context.Context) {
 func (m *Manager) keepHouse(ctx context.Context) {
 	log := klog.FromContext(ctx)
 	last := time.Now()
-	for pause(ctx, retryEvery) {
+	for sys.Pause(ctx, retryEvery) {
 		if m.builtin().Reason == reasonFailed {
 			if err := m.setUpNetwork(ctx); err != nil {
 				log.V(2).Info("Network set-up still fails", "err", err)
@@ -321,16 +321,5 @@ func (m *Manager) keepHouse(ctx context.Context) {
 		if err := m.removeDoomed(); err != nil {
 			log.Error(err, "Remove links that were left over")
 		}
-	}
-}
-
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/sandbox/rtnl"
 )
 
@@ -64,14 +65,14 @@ func (p *pool) run(ctx context.Context) {
 	}
 	for ctx.Err() == nil {
 		if !p.m.byCNI.Load() && p.m.builtin().Ready && p.missing() {
-			for try := 0; try < refillTries && p.m.busy() && pause(ctx, refillAfter); try++ {
+			for try := 0; try < refillTries && p.m.busy() && sys.Pause(ctx, refillAfter); try++ {
 			}
 			if ctx.Err() != nil {
 				return
 			}
 			if err := p.add(); err != nil {
 				klog.FromContext(ctx).Error(err, "Prepare namespaces")
-				pause(ctx, retryEvery)
+				sys.Pause(ctx, retryEvery)
 			}
 			continue
 		}

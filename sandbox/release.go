@@ -13,6 +13,7 @@ import (
 
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/failpoint"
+	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/sandbox/firewall"
 	"github.com/naru-project/naru/sandbox/rtnl"
 )
@@ -140,7 +141,7 @@ func (m *Manager) orphan(id string, on bool) {
 
 // retryOrphans releases strangers that Sweep could not.
 func (m *Manager) retryOrphans(ctx context.Context) {
-	for pause(ctx, retryEvery) {
+	for sys.Pause(ctx, retryEvery) {
 		m.mu.Lock()
 		ids := slices.Collect(maps.Keys(m.orphans))
 		m.mu.Unlock()

@@ -479,10 +479,10 @@ func validateHandler(name string, h *Handler, bad func(key, format string, args 
 	}
 }
 
-// The names that the network gives to things of the kernel.
+// The names that the network may give to things of the kernel.
 var (
-	tableName  = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,30}$`)
-	linkPrefix = regexp.MustCompile(`^[a-z][a-z0-9]{0,5}$`) // IFNAMSIZ, with what follows
+	TableName  = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,30}$`)
+	LinkPrefix = regexp.MustCompile(`^[a-z][a-z0-9]{0,5}$`) // IFNAMSIZ, with what follows
 )
 
 // loopback says why address is not host:port of a loopback address.
@@ -551,10 +551,10 @@ func (c *Config) validateNetwork(bad func(key, format string, args ...any)) {
 	if n.Pool < 0 || n.Pool > 64 {
 		bad("network.pool", "%d is not between 0 and 64", n.Pool)
 	}
-	if !tableName.MatchString(n.Table) {
+	if !TableName.MatchString(n.Table) {
 		bad("network.nft_table", "%q is not a lower-case letter and at most 30 more letters, digits, _ and -", n.Table)
 	}
-	if !linkPrefix.MatchString(n.LinkPrefix) {
+	if !LinkPrefix.MatchString(n.LinkPrefix) {
 		bad("network.link_prefix", "%q is not a lower-case letter and at most 5 more letters and digits", n.LinkPrefix)
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
 )
 
 // marks remembers which folders Naru made itself, and in which hierarchies:
@@ -317,13 +318,9 @@ func (d *Driver) populated(path string) bool {
 	return false
 }
 
-func pause(ctx context.Context, t time.Duration) error {
-	timer := time.NewTimer(t)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
+func pause(ctx context.Context, d time.Duration) error {
+	if !sys.Pause(ctx, d) {
 		return errs.New(errs.Of(ctx.Err()), "wait for a cgroup: %w", context.Cause(ctx))
-	case <-timer.C:
-		return nil
 	}
+	return nil
 }

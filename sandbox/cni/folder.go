@@ -329,7 +329,7 @@ func (f *folder) watch(ctx context.Context, changed func()) {
 	for ctx.Err() == nil {
 		if err := f.watchOnce(ctx, changed); err != nil && ctx.Err() == nil {
 			klog.FromContext(ctx).Error(err, "Watch the folder of CNI configurations; trying again", "folder", f.dir)
-			pause(ctx, retryAfter)
+			sys.Pause(ctx, retryAfter)
 		}
 	}
 }
@@ -360,7 +360,7 @@ func (f *folder) watchOnce(ctx context.Context, changed func()) error {
 	if _, err := in.Read(buf); err != nil {
 		return err
 	}
-	pause(ctx, settleTime)
+	sys.Pause(ctx, settleTime)
 	return nil
 }
 
@@ -370,15 +370,4 @@ func (f *Found) same(o Found) bool {
 		return false
 	}
 	return f.Network == nil || bytes.Equal(f.Network.list.Bytes, o.Network.list.Bytes)
-}
-
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }

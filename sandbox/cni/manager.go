@@ -19,6 +19,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/sys"
 )
 
 // Manager attaches pods to CNI networks and detaches them.
@@ -384,7 +385,7 @@ func (m *Manager) collect(ctx context.Context) {
 			return
 		case <-m.garbage:
 		}
-		if !pause(ctx, m.cfg.GCAfter) {
+		if !sys.Pause(ctx, m.cfg.GCAfter) {
 			return
 		}
 		done := m.gate.alone(ctx, func(ctx context.Context) {

@@ -10,6 +10,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/naru-project/naru/internal/sys"
 )
 
 // nfnlGroupNFTables is NFNLGRP_NFTABLES of uapi/linux/netfilter/nfnetlink.h.
@@ -51,13 +53,13 @@ func (f *Firewall) Watch(ctx context.Context, report func(rebuilt bool, err erro
 		case !f.concerned(msgs):
 			continue
 		}
-		if !sleep(ctx, watchSettle) {
+		if !sys.Pause(ctx, watchSettle) {
 			return nil
 		}
 		rebuilt, err := f.Ensure()
 		if rebuilt || err != nil {
 			report(rebuilt, err)
-			if !sleep(ctx, watchRest) {
+			if !sys.Pause(ctx, watchRest) {
 				return nil
 			}
 			// What happened meanwhile, our own rebuild included.
@@ -92,13 +94,4 @@ func (f *Firewall) concerned(msgs []netlink.Message) bool {
 		}
 	}
 	return false
-}
-
-func sleep(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(d):
-		return true
-	}
 }
