@@ -196,6 +196,7 @@ type container struct {
 }
 
 type spec struct {
+	breaks string // an operation of the plan that fails, of an exec
 	args    []string // of a shell, if there is only one
 	noLog   bool
 	log     *os.File // in place of a regular file
@@ -457,6 +458,7 @@ func (n *node) exec(c *monitor.Client, s spec, hold bool, stdin, stdout *os.File
 		b.Clone(unix.CLONE_PARENT|unix.CLONE_NEWPID, 0)
 	}
 	program(b, s, 1, 2, 2, 3, -1)
+	b.Sabotage(func(op string) bool { return op == s.breaks })
 	f, err := b.Memfd()
 	if err != nil {
 		t.Fatal(err)

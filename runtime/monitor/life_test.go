@@ -2,6 +2,7 @@ package monitor_test
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -102,6 +103,29 @@ func TestTwoStages(t *testing.T) {
 		t.Errorf("stdout %q", got)
 	}
 	n.eventually("the first stage to be reaped", func() bool { return zombies(t, n.cmd.Process.Pid) == 0 })
+}
+
+// TestLostSecondStage: an exec's first child dies before it has told the pid of
+// its own. That one may not stay as a zombie: it is in the container's PID
+// namespace, whose init cannot end before it is reaped.
+func TestLostSecondStage(t *testing.T) {
+	n := newNode(t)
+	for _, op := range []string{"clone pipe2", "clone clone3", "clone write", "clone read", "clone setpgid"} {
+		if _, err := n.exec(n.c, spec{args: []string{"exit 0"}, second: true, breaks: op}, false, nil, nil); err == nil {
+			t.Errorf("an exec whose %q fails succeeds", op)
+		}
+		n.eventually("the children of an exec whose "+op+" failed to be reaped", func() bool { return children(n.workerPID()) == 0 })
+	}
+}
+
+// children counts the children of a process, zombies too.
+func children(pid int) (n int) {
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, l := range lists {
+		b, _ := os.ReadFile(l)
+		n += len(strings.Fields(string(b)))
+	}
+	return n
 }
 
 func TestSignalledExit(t *testing.T) {

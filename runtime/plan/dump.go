@@ -18,7 +18,7 @@ var names = map[uint32]string{
 	unix.SYS_RT_SIGACTION: "rt_sigaction", unix.SYS_RT_SIGPROCMASK: "rt_sigprocmask", unix.SYS_SCHED_SETAFFINITY: "sched_setaffinity",
 	unix.SYS_SCHED_SETATTR: "sched_setattr", unix.SYS_SET_MEMPOLICY: "set_mempolicy", unix.SYS_SECCOMP: "seccomp", unix.SYS_SETDOMAINNAME: "setdomainname",
 	unix.SYS_SETGROUPS: "setgroups", unix.SYS_SETHOSTNAME: "sethostname", unix.SYS_SETNS: "setns",
-	unix.SYS_SETRESGID: "setresgid", unix.SYS_SETRESUID: "setresuid", unix.SYS_SETSID: "setsid", unix.SYS_UMASK: "umask",
+	unix.SYS_SETRESGID: "setresgid", unix.SYS_SETRESUID: "setresuid", unix.SYS_SETSID: "setsid", unix.SYS_SETPGID: "setpgid", unix.SYS_UMASK: "umask",
 	unix.SYS_UNSHARE: "unshare", unix.SYS_WRITE: "write", unix.SYS_GETRESUID: "getresuid", unix.SYS_OPENAT2: "openat2", unix.SYS_PIPE2: "pipe2",
 	unix.SYS_GETUID: "getuid", unix.SYS_GETGID: "getgid", unix.SYS_GETEUID: "geteuid",
 }

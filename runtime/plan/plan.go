@@ -257,7 +257,8 @@ func (b *Builder) Sys(s Stage, nr uintptr, args ...Arg) *Op {
 // Clone adds a second clone (clone3 without CLONE_VM). The child goes on with
 // the next operation; the parent tells the child's pid by a KindPID record and
 // exits with status 0. The child waits for that: no record of its own can be
-// read before its pid.
+// read before its pid. Until then both are in a process group of their own, by
+// which a child can be reaped whose pid was never told.
 func (b *Builder) Clone(flags uint64, exitSignal unix.Signal) {
 	args := b.Data(make([]byte, cloneArgsSize))
 	at := int(args - dataBase)
@@ -265,6 +266,7 @@ func (b *Builder) Clone(flags uint64, exitSignal unix.Signal) {
 	binary.LittleEndian.PutUint64(b.data[at+cloneArgsExitSignal:], uint64(exitSignal))
 	pipe, buf, one := b.Data(make([]byte, 8)), b.Data(make([]byte, 8)), b.Data([]byte{1})
 	r, w := Load(pipe), Load(pipe+4)
+	b.Sys(StageClone, unix.SYS_SETPGID, Int(0), Int(0))
 	b.Sys(StageClone, unix.SYS_PIPE2, Ptr(pipe), Int(unix.O_CLOEXEC))
 	rec := b.Record(Record{Kind: KindPID})
 	c := b.Sys(StageClone, unix.SYS_CLONE3, Ptr(args), Int(cloneArgsSize)).Store(rec+recordValue, 8)
@@ -281,6 +283,19 @@ func (b *Builder) Clone(flags uint64, exitSignal unix.Signal) {
 	b.Sys(StageClone, unix.SYS_WRITE, w, Ptr(one), Int(1)).Expect(1)
 	b.Sys(StageClone, unix.SYS_EXIT_GROUP, Int(0))
 	skip.o.jump = uint32(len(b.ops))
+}
+
+// Sabotage shows each kind of call of each stage, once, and makes the first
+// call of those fail that it is told to: a system call that no kernel has.
+func (b *Builder) Sabotage(breaks func(op string) bool) {
+	seen := map[string]bool{}
+	for _, o := range b.ops {
+		name := Stage(o.o.stage).String() + " " + callName(o.o.nr)
+		if !seen[name] && breaks(name) {
+			o.o.nr, o.o.flags = 1<<20, 0
+		}
+		seen[name] = true
+	}
 }
 
 // Record puts a status record into the plan, to be filled by Store and sent.

@@ -13,7 +13,10 @@ import (
 	"github.com/naru-project/naru/runtime/plan"
 )
 
-const pPidfd = 3 // P_PIDFD
+const (
+	pPgid  = 2 // P_PGID
+	pPidfd = 3 // P_PIDFD
+)
 
 // reap waits for a child of this process that has ended or soon will, in the
 // poller, and hands over how it ended. pidfd stays the caller's until done is
@@ -196,9 +199,13 @@ func execStatus(fds *wire.FDs, start []int, hold bool) error {
 	return unix.SetNonblock(p[0], true)
 }
 
-// execSecond waits for the second child and reaps the first.
+// execSecond waits for the second child and reaps the first. If it fails, the
+// second may be there with a pid that was never told (the first was killed with
+// the container, say); it ends by itself, and must be reaped, or the init of its
+// PID namespace cannot end.
 func (w *worker) execSecond(c *child, status int) error {
-	return w.secondStage(c, status, func(pidfd int) {
+	first := c.pid
+	err := w.secondStage(c, status, func(pidfd int) {
 		d, err := unix.FcntlInt(uintptr(pidfd), unix.F_DUPFD_CLOEXEC, 3)
 		if err != nil {
 			logf("wait for a child: %v", err)
@@ -206,6 +213,20 @@ func (w *worker) execSecond(c *child, status int) error {
 		}
 		w.reapAndClose(d)
 	})
+	if err != nil {
+		go reapGroup(first)
+	}
+	return err
+}
+
+// reapGroup reaps the children in the process group that a first child leads,
+// until there are none.
+func reapGroup(first int) {
+	for {
+		if err := unix.Waitid(pPgid, first, nil, unix.WEXITED|unix.WALL, nil); err != nil && err != unix.EINTR {
+			return
+		}
+	}
 }
 
 func (w *worker) reapAndClose(pidfd int) {
