@@ -77,10 +77,10 @@ race: check-go ## Go tests with the race detector; PKG=./pod/... for some of the
 	@$(GO) test -race -timeout 15m $(or $(PKG),./...)
 
 .PHONY: crash
-crash: check-root check-test ## Break daemon and worker at every named step, in every way; SYSCALLS=2000 kills at system calls; STORE=10000 damaged state folders, STARTS=200 of them with the real daemon
+crash: check-root check-test ## Break daemon and worker at every named step, in every way (POINTS='plan ': at those); SYSCALLS=2000 kills at system calls; STORE=10000 damaged state folders, STARTS=200 of them with the real daemon
 	@NARU_STORE=$(STORE) $(GO) test -count=1 -timeout 60m -v -run '^TestDamagedStateFolders$$' ./pod
 	@NARU_STARTS=$(STARTS) $(GO) test -count=1 -timeout 60m -v -run '^TestDamagedStarts$$' ./test/ring
-	@NARU_CRASH=all NARU_SYSCALLS=$(SYSCALLS) $(GO) test -count=1 -timeout 300m -v -run '^TestCrash' ./test/ring
+	@NARU_CRASH=all NARU_POINTS='$(POINTS)' NARU_SYSCALLS=$(SYSCALLS) $(GO) test -count=1 -timeout 300m -v -run '^TestCrash' ./test/ring
 
 .PHONY: soak
 soak: check-root check-test ## Pods under the reference model's eyes while everything is killed and the disk fills up, for DURATION (10m)

@@ -13,6 +13,9 @@ import (
 	"time"
 )
 
+// Built tells whether this build has failpoints.
+const Built = true
+
 // Env names the two files: PLAN:PASSED. The plan is one line
 //
 //	NUMBER ACTION POINT

@@ -55,7 +55,7 @@ func (k *creation) cloneChild(ctx context.Context) (err error) {
 
 // create sends a plan to the worker as that of the container's first process.
 func (k *creation) create(ctx context.Context, l *launch) (pid int, pidfd *os.File, err error) {
-	f, err := l.memfd()
+	f, err := l.memfd("first process")
 	if err != nil {
 		return 0, nil, err
 	}
@@ -79,7 +79,7 @@ func (k *creation) create(ctx context.Context, l *launch) (pid int, pidfd *os.Fi
 // container in a PID namespace that exists already.
 func (k *creation) cloneBuilder(ctx context.Context) error {
 	l := builderPlan(k.process, k.shape(), k.files)
-	f, err := l.memfd()
+	f, err := l.memfd("builder")
 	if err != nil {
 		return err
 	}

@@ -68,7 +68,7 @@ func (x *Executor) startProcess(ctx context.Context, c *runtime.Container, p *pr
 		status: sw, proc: x.proc, target: h.pidfd, tasks: e.group.TaskFDs(), cgroup: e.group.CloneFD(),
 		stdin: files[0], stdout: files[1], stderr: files[2],
 	})
-	f, err := l.memfd()
+	f, err := l.memfd("exec")
 	if err != nil {
 		return nil, err
 	}

@@ -460,7 +460,7 @@ func (h *hooks) start(ctx context.Context, c *runtime.Container, hook *specs.Hoo
 	defer func() { _, _ = sr.Close(), sw.Close() }()
 	f.status, f.proc, f.tasks, f.cgroup = sw, h.x.proc, e.group.TaskFDs(), e.group.CloneFD()
 	l := hookPlan(hook, f)
-	m, err := l.memfd()
+	m, err := l.memfd("hook")
 	if err != nil {
 		return nil, err
 	}

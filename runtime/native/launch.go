@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/naru-project/naru/internal/errs"
+	"github.com/naru-project/naru/internal/failpoint"
 	"github.com/naru-project/naru/internal/sys"
 	"github.com/naru-project/naru/runtime/plan"
 )
@@ -309,8 +310,12 @@ func candidates(name string, env []string) []string {
 	return out
 }
 
-// memfd seals the plan, checking what the kernel would only say as E2BIG.
-func (l *launch) memfd() (*os.File, error) {
+// memfd seals the plan, checking what the kernel would only say as E2BIG. Each
+// of its operations is a failpoint.
+func (l *launch) memfd(kind string) (*os.File, error) {
+	if failpoint.Built {
+		l.Sabotage(func(op string) bool { return failpoint.Hit("plan", kind, op) != nil })
+	}
 	f, err := l.Memfd()
 	if err != nil {
 		return nil, errs.New(errs.Of(err), "write the plan: %w", err)

@@ -35,7 +35,7 @@ func (x *Executor) startHelper(ctx context.Context, c plan.Clone) (*helper, erro
 	l.makeFilesystems(nil)
 	l.Sys(plan.StageGate, unix.SYS_READ, gate, plan.Ptr(l.Data(make([]byte, 8))), plan.Int(1)).MayFail()
 	l.Sys(plan.StageGate, unix.SYS_EXIT_GROUP, plan.Int(0))
-	f, err := l.memfd()
+	f, err := l.memfd("user namespace")
 	if err != nil {
 		_ = gw.Close()
 		return nil, err
@@ -184,7 +184,7 @@ func (x *Executor) startInit(ctx context.Context, r namespaces.Request, ns *name
 	}
 	defer func() { _ = bin.Close() }()
 	l := initPlan(sw, gr, bin, ns.User)
-	f, err := l.memfd()
+	f, err := l.memfd("init")
 	if err != nil {
 		return nil, err
 	}

@@ -94,7 +94,7 @@ func (x *Executor) startProgram(ctx context.Context, files programFiles, p *proc
 	defer func() { _ = net.Close() }()
 	files.status, files.proc, files.mnt, files.net = sw, x.proc, mnt, net
 	l := programPlan(p, files)
-	f, err := l.memfd()
+	f, err := l.memfd("program")
 	if err != nil {
 		return nil, err
 	}
