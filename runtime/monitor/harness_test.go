@@ -196,7 +196,7 @@ type container struct {
 }
 
 type spec struct {
-	breaks string // an operation of the plan that fails, of an exec
+	breaks  string   // an operation of the plan that fails, of an exec
 	args    []string // of a shell, if there is only one
 	noLog   bool
 	log     *os.File // in place of a regular file
