@@ -79,7 +79,15 @@ func (m *Manager) buildContainer(w *containerWork) error {
 		LogPath: w.c.snap.Load().LogPath, TTY: cfg.TTY, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
 		Privileged: cfg.Security.Privileged, Volumes: volumes,
 	}
+	if m.live.Load().LogToJournald {
+		w.rc.Journal = journalName(w.pod.Config.Metadata, cfg.Metadata)
+	}
 	return nil
+}
+
+// journalName is how CRI-O calls a container in the journal.
+func journalName(p Metadata, c ContainerMetadata) string {
+	return fmt.Sprintf("k8s_%s_%s_%s_%s_%d", c.Name, p.Name, p.Namespace, p.UID, c.Attempt)
 }
 
 // addHooks adds the hooks of the node's folders. Where the container's and the

@@ -66,6 +66,8 @@ type Live struct {
 	CDIAnnotations bool
 	// HookDirs are the folders of OCI hooks; none: no hooks but those of devices.
 	HookDirs []string
+	// LogToJournald sends the output of containers to the journal, too.
+	LogToJournald bool
 }
 
 // Cgroups names cgroups (runtime/cgroup.Driver).

@@ -197,6 +197,7 @@ type Container struct {
 	Shm        string              `json:"shm,omitempty"`       // folder to bind on /dev/shm (the pod's)
 	EtcFiles   map[string]string   `json:"etc_files,omitempty"` // container path → host file (hosts, hostname, resolv.conf)
 	LogPath    string              `json:"log_path,omitempty"`  // absolute; empty = no log
+	Journal    string              `json:"journal,omitempty"`   // name under which the journal gets the log, too; empty = it does not
 	TTY        bool                `json:"tty,omitempty"`
 	Stdin      bool                `json:"stdin,omitempty"`
 	StdinOnce  bool                `json:"stdin_once,omitempty"`

@@ -35,6 +35,7 @@ type live struct {
 	handlers  []string
 	criu      string
 	metrics   string // address
+	journal   journalUse
 }
 
 func liveOf(cfg *config.Config) live {
@@ -52,12 +53,13 @@ func liveOf(cfg *config.Config) live {
 		pods: pod.Live{
 			Sync: cfg.SyncRecs, Handlers: append([]string{"", "naru"}, handlers...), CDIDirs: cfg.CDI.SpecDirs, CDIAnnotations: cfg.CDI.Annotations,
 			SpecDefaults: defaultsOf(&cfg.Default), PidsLimit: cfg.Default.PidsLimit,
-			HookDirs: cfg.Runtime.HookDirs,
+			HookDirs: cfg.Runtime.HookDirs, LogToJournald: cfg.Default.LogToJournald,
 		},
 		executors: executorsOf(cfg),
 		handlers:  handlers,
 		criu:      cfg.Runtime.CRIU,
 		metrics:   cfg.Metrics.Address,
+		journal:   journalOf(cfg),
 	}
 }
 
@@ -103,6 +105,7 @@ func (d *daemon) settings() []setting {
 		{"the metrics", func(l live) error { return d.scrapes.Listen(l.metrics) }},
 		{"the log", func(l live) error { return setVerbosity(l.verbosity) }},
 		{"images", sure(func(l live) { d.images.Reconfigure(l.images) })},
+		{"the journal", sure(func(l live) { d.journal.use(l.journal) })},
 		{"pods", sure(func(l live) { d.pods.Reconfigure(l.pods) })},
 		{"the executor", sure(func(l live) { d.exec.SetCRIU(l.criu); d.exec.Reconfigure(l.executors) })},
 		{"the CRI server", sure(func(l live) { d.server.SetHandlers(l.handlers) })},

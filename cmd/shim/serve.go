@@ -64,6 +64,7 @@ type daemon struct {
 	held    []*os.File // sockets that systemd has kept open since the daemon before
 	metrics *metrics.Metrics
 	scrapes *metrics.Server
+	journal *journal
 	found   atomic.Pointer[pod.Report] // by recovery; nil before
 	closers []func() error
 }
@@ -182,6 +183,7 @@ func (d *daemon) reachMonitor(ctx context.Context) (err error) {
 		return err
 	}
 	d.closers = append(d.closers, d.monitor.Close)
+	d.journal = newJournal(d.monitor, d.metrics, liveOf(d.cfg).journal)
 	info, err := d.monitor.Info(ctx)
 	if err != nil {
 		return err
@@ -322,6 +324,7 @@ func (d *daemon) serve(ctx context.Context, hup <-chan os.Signal) error {
 		defer close(probed)
 		d.exec.Probe(ctx)
 	})
+	wg.Go(func() { d.journal.run(ctx) })
 	report := d.pods.Recover(ctx)
 	d.found.Store(report)
 	klog.InfoS("Recovered", "pods", report.Pods, "containers", report.Containers, "undone", report.Undone, "ended", report.Ended,

@@ -140,6 +140,8 @@ type Containers struct {
 	Env             []string `toml:"default_env" reload:"live" comment:"NAME=VALUE for every container; the image's and the pod's go before it."`
 	Ulimits         []Ulimit `toml:"default_ulimits" reload:"live" comment:"Resource limits in place of the built-in ones, NAME=SOFT:HARD or NAME=BOTH, as \"nofile=1024:524288\" or \"memlock=unlimited\" (getrlimit(2)); brought below what the host allows."`
 	PidsLimit       int64    `toml:"pids_limit" reload:"live" comment:"Processes and threads of one container; 0 = no limit but the pod's, which is the kubelet's (podPidsLimit)."`
+	LogToJournald   bool     `toml:"log_to_journald" reload:"live" comment:"Send what containers write to systemd's journal, too, line by line; their log files stay as they are. The journal may be slow or gone: nobody waits for it, what it does not take in time is missing there. For containers to come."`
+	JournaldSocket  string   `toml:"journald_socket" reload:"live" comment:"Where the journal listens, for log_to_journald."`
 	DeviceOwnership bool     `toml:"device_ownership_from_security_context" reload:"live" comment:"Give the devices that a container asks for to its user and group (runAsUser, runAsGroup), not to whom they belong on the host."`
 }
 
@@ -153,6 +155,9 @@ func (c *Containers) validate(bad func(key, format string, args ...any)) {
 		if name, _, ok := strings.Cut(e, "="); !ok || name == "" || strings.ContainsRune(e, 0) {
 			bad("containers.default_env", "%q is not NAME=VALUE", name)
 		}
+	}
+	if !filepath.IsAbs(c.JournaldSocket) || len(c.JournaldSocket) > maxSocket {
+		bad("containers.journald_socket", "%q is not an absolute path of at most %d bytes", c.JournaldSocket, maxSocket)
 	}
 	if c.PidsLimit < 0 {
 		bad("containers.pids_limit", "%d is negative", c.PidsLimit)
@@ -267,7 +272,7 @@ func Default() *Config {
 			PullTimeout: Duration(12 * time.Hour)},
 		Cgroup:   Cgroup{Driver: "auto"},
 		Runtime:  Runtime{UserNamespaces: true, HookDirs: []string{}},
-		Default:  Containers{Capabilities: []string{}, Env: []string{}, Ulimits: []Ulimit{}},
+		Default:  Containers{Capabilities: []string{}, Env: []string{}, Ulimits: []Ulimit{}, JournaldSocket: "/run/systemd/journal/socket"},
 		CDI:      CDI{SpecDirs: []string{"/etc/cdi", "/var/run/cdi"}},
 		Stream:   Streaming{Address: "127.0.0.1:0"},
 		Handlers: map[string]Handler{},

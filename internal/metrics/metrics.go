@@ -45,6 +45,7 @@ type Metrics struct {
 	pull     *prometheus.HistogramVec
 	bytes    prometheus.Counter
 	reloads  *prometheus.CounterVec
+	journal  prometheus.Counter
 }
 
 // New makes the metrics of a daemon of this version. Watch adds what its parts
@@ -54,11 +55,12 @@ func New(version string) *Metrics {
 		registry: prometheus.NewRegistry(),
 		rpc:      histogram(rpcs, fast), step: histogram(steps, fast), pull: histogram(pulls, slow),
 		exits: counter(exits), reloads: counter(reloads),
-		bytes: prometheus.NewCounter(prometheus.CounterOpts{Name: pulledBytes.name, Help: pulledBytes.help}),
+		bytes:   prometheus.NewCounter(prometheus.CounterOpts{Name: pulledBytes.name, Help: pulledBytes.help}),
+		journal: prometheus.NewCounter(prometheus.CounterOpts{Name: journalDropped.name, Help: journalDropped.help}),
 	}
 	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: buildInfo.name, Help: buildInfo.help}, buildInfo.labels)
 	build.WithLabelValues(version, goruntime.Version()).Set(1)
-	m.registry.MustRegister(m.rpc, m.step, m.exits, m.pull, m.bytes, m.reloads, build,
+	m.registry.MustRegister(m.rpc, m.step, m.exits, m.pull, m.bytes, m.reloads, m.journal, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -95,6 +97,9 @@ func (m *Metrics) Pull(result string, took time.Duration, bytes int64) {
 
 // Reload counts a reload of the configuration.
 func (m *Metrics) Reload(result string) { m.reloads.WithLabelValues(result).Inc() }
+
+// JournalDropped counts lines that the journal did not take.
+func (m *Metrics) JournalDropped(lines uint64) { m.journal.Add(float64(lines)) }
 
 // Handler answers scrapes.
 func (m *Metrics) Handler() http.Handler {

@@ -17,13 +17,14 @@ type desc struct {
 
 // What is counted as it happens.
 var (
-	buildInfo   = desc{"gauge", "naru_build_info", []string{"version", "go"}, "Always 1; the labels tell the versions."}
-	rpcs        = desc{"histogram", "naru_rpc_duration_seconds", []string{"method", "code"}, "CRI calls that ended, by name and gRPC code. Streams count when they end."}
-	steps       = desc{"histogram", "naru_step_duration_seconds", []string{"operation", "step"}, "Steps of operations on pods and containers that ended, well or not."}
-	exits       = desc{"counter", "naru_container_exits_total", []string{"reason"}, "Containers that ended: Completed, Error, OOMKilled, ContainerStatusUnknown."}
-	pulls       = desc{"histogram", "naru_image_pull_duration_seconds", []string{"result"}, "Image pulls that ended: ok or a class of errors. Joined ones count once."}
-	pulledBytes = desc{"counter", "naru_image_pull_bytes_total", nil, "Bytes of layers that came from registries."}
-	reloads     = desc{"counter", "naru_config_reloads_total", []string{"result"}, "Reloads of the configuration: ok, or refused and nothing changed."}
+	buildInfo      = desc{"gauge", "naru_build_info", []string{"version", "go"}, "Always 1; the labels tell the versions."}
+	rpcs           = desc{"histogram", "naru_rpc_duration_seconds", []string{"method", "code"}, "CRI calls that ended, by name and gRPC code. Streams count when they end."}
+	steps          = desc{"histogram", "naru_step_duration_seconds", []string{"operation", "step"}, "Steps of operations on pods and containers that ended, well or not."}
+	exits          = desc{"counter", "naru_container_exits_total", []string{"reason"}, "Containers that ended: Completed, Error, OOMKilled, ContainerStatusUnknown."}
+	pulls          = desc{"histogram", "naru_image_pull_duration_seconds", []string{"result"}, "Image pulls that ended: ok or a class of errors. Joined ones count once."}
+	pulledBytes    = desc{"counter", "naru_image_pull_bytes_total", nil, "Bytes of layers that came from registries."}
+	journalDropped = desc{"counter", "naru_journal_dropped_lines_total", nil, "Lines of containers that systemd's journal did not take in time (containers.log_to_journald)."}
+	reloads        = desc{"counter", "naru_config_reloads_total", []string{"result"}, "Reloads of the configuration: ok, or refused and nothing changed."}
 )
 
 // gauge is asked for at a scrape.
@@ -96,7 +97,7 @@ func flag(v bool) float64 {
 func Table() string {
 	var b strings.Builder
 	b.WriteString("| metric | type | labels | what it tells |\n|---|---|---|---|\n")
-	all := []desc{buildInfo, rpcs, steps, exits, pulls, pulledBytes, reloads}
+	all := []desc{buildInfo, rpcs, steps, exits, pulls, pulledBytes, reloads, journalDropped}
 	for _, g := range gauges {
 		all = append(all, g.desc)
 	}

@@ -41,6 +41,7 @@ type Copier struct {
 	failing bool // the last batch was dropped: try once, do not wait
 	streams [2]stream
 	tap     Tap
+	records func(s Stream, out []byte)
 	clock   func() time.Time
 }
 
@@ -63,6 +64,11 @@ func isRegular(fd int) bool {
 	var st unix.Stat_t
 	return fd >= 0 && unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG
 }
+
+// OnRecords has f called with all records from now on, after they were logged
+// or could not be. f must not wait; out is valid until it returns. Records may
+// come again after this process was killed.
+func (c *Copier) OnRecords(f func(s Stream, out []byte)) { c.records = f }
 
 // Has reports whether the container has the stream.
 func (c *Copier) Has(s Stream) bool { return c.files.In[s] >= 0 }
@@ -324,6 +330,9 @@ func (c *Copier) Flush(s Stream, b *Buffers, end bool) error {
 	out := st.fmt.Flush(b.out[:0:len(b.out)], b.raw[carryRoom-carry:carryRoom], end)
 	if err := w.write(out); err != nil {
 		return err
+	}
+	if c.records != nil {
+		c.records(s, out)
 	}
 	w.finish()
 	st.note.carry = 0

@@ -12,6 +12,7 @@ import (
 //
 //	0      note of stdout (noteSize bytes)
 //	64     note of stderr
+//	128    the fields of the journal (journal.go)
 //	4096   carry 0 of stdout (MaxContent bytes), 1 of stdout, 0 of stderr, 1 of stderr
 //
 // A note is written with one pwrite of 64 bytes that lie within one page on

@@ -75,6 +75,9 @@ func (w *writer) records(src []byte) (used int, err error) {
 		if err := w.write(out); err != nil {
 			return used, err
 		}
+		if w.c.records != nil {
+			w.c.records(w.s, out)
+		}
 	}
 }
 

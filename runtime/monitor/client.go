@@ -30,6 +30,9 @@ type Client struct {
 	queue     []Exit
 	queued    chan struct{}
 	subscribe bool
+
+	journalMu sync.Mutex // held while the socket is sent
+	journal   *os.File   // guarded by journalMu
 }
 
 // Connect connects to the monitor's socket. The connection is kept up until
@@ -61,6 +64,7 @@ func (c *Client) Close() error {
 		s.close()
 	}
 	c.wg.Wait()
+	c.setJournal(nil)
 	return nil
 }
 
@@ -107,6 +111,9 @@ func (c *Client) set(s *session, err error) {
 	c.changed = make(chan struct{})
 	subscribe := c.subscribe && s != nil
 	c.mu.Unlock()
+	if s != nil {
+		c.renewJournal(s)
+	}
 	if subscribe {
 		c.subscribeOn(s)
 	}

@@ -72,6 +72,9 @@ func (k *creation) create(ctx context.Context, l *launch) (pid int, pidfd *os.Fi
 		_ = unix.PidfdSendSignal(int(created.PIDFD.Fd()), unix.SIGKILL, nil, 0)
 		return created.PIDFD.Close()
 	})
+	if err := k.x.sendToJournal(ctx, k.c); err != nil {
+		return 0, nil, err
+	}
 	return created.PID, created.PIDFD, nil
 }
 

@@ -40,6 +40,9 @@ func (x *Executor) Keep(ctx context.Context, c *runtime.Container, pid int, kept
 	if err := x.cfg.Monitor.Take(ctx, monitor.TakeRequest{ID: c.ID, PID: pid, PIDFD: pidfd, Kept: kept, TTY: c.TTY}); err != nil {
 		return runtime.Process{}, err
 	}
+	if err := x.sendToJournal(ctx, c); err != nil {
+		return runtime.Process{}, err
+	}
 	// Still there: the keeper did not reap it before it knew it.
 	if err := unix.PidfdSendSignal(sys.FD(pidfd), 0, nil, 0); err != nil {
 		return runtime.Process{}, errs.New(errs.Internal, "the first process died before it was started: %w", err)

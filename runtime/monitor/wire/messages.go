@@ -5,7 +5,7 @@ import "github.com/naru-project/naru/internal/errs"
 // Versions of the three things that can meet in different releases.
 const (
 	ClientMin = 1 // daemon ↔ worker
-	ClientMax = 2 // 2: KindTake, Exec.Term
+	ClientMax = 3 // 2: KindTake, Exec.Term; 3: KindJournal, KindJournalFields
 	KeeperMin = 1 // keeper ↔ worker
 	KeeperMax = 2 // 2: KindBeat is answered
 	TableMin  = 1 // what a keeper leaves to the next one
@@ -37,6 +37,8 @@ const (
 	KindExit     // event: a container ended
 	KindExecExit // event: an exec ended; Req is that of the exec
 	KindTake     // a process that another program made for the keeper
+	KindJournal  // how it goes with the journal; with a file, a socket connected to it
+	KindJournalFields
 )
 
 // Between keeper and worker.
@@ -205,6 +207,26 @@ func (m *Take) encode(e *Encoder) {
 func (m *Take) decode(d *Decoder) {
 	m.ID, m.PID, m.TTY, m.Kept = d.String(), d.Int(), d.Bool(), d.U32()
 }
+
+// JournalFields has the output of a container sent to the journal, too, with
+// these fields in its native protocol.
+type JournalFields struct {
+	ID     string
+	Fields []byte
+}
+
+func (m *JournalFields) encode(e *Encoder) { e.String(m.ID); e.Bytes(m.Fields) }
+func (m *JournalFields) decode(d *Decoder) { m.ID, m.Fields = d.String(), d.Bytes() }
+
+// Journal answers KindJournal: lines that were not sent, since the worker
+// began, and whether its socket leads nowhere.
+type Journal struct {
+	Dropped uint64
+	Broken  bool
+}
+
+func (m *Journal) encode(e *Encoder) { e.U64(m.Dropped); e.Bool(m.Broken) }
+func (m *Journal) decode(d *Decoder) { m.Dropped, m.Broken = d.U64(), d.Bool() }
 
 // ID names the container of a request.
 type ID struct{ ID string }

@@ -27,6 +27,7 @@ func bodies() map[Kind]Body {
 		KindList:  &Entries{List: []Entry{{ID: "1"}, {ID: "2", Exit: x}}},
 		KindReply: &Reply{Failed: true, Class: errs.NotFound, Text: "text", Record: []byte{1}, More: true, Body: []byte{2, 3}},
 		KindPut:   &Created{5}, KindFiles: &Mask{3, true, 77}, KindSetFD: &FDChange{"id", FDLog},
+		KindJournal: &Journal{1 << 40, true}, KindJournalFields: &JournalFields{"id", []byte("A=b\n")},
 		KindPing: &HelloReply{Version: 1, Keeper: 2, WorkerPID: 3, Build: "b", Orphan: true},
 	}
 }

@@ -79,6 +79,9 @@ func (c *container) openOutput() {
 	o.copier = crilog.New(crilog.Files{
 		In: in, Stage: [2]int{f[wire.FDStage0], f[wire.FDStage1]}, State: f[wire.FDState], Log: f[wire.FDLog], TTY: tty,
 	}, o.attach.tap)
+	if err := c.sendToJournal(o.copier, crilog.ReadFields(f[wire.FDState])); err != nil {
+		logf("container %s: %v", c.id, err)
+	}
 	c.mu.Lock()
 	c.out = o
 	c.mu.Unlock()

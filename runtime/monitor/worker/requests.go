@@ -43,6 +43,9 @@ func (s *conn) request(p *wire.Packet) {
 		return
 	case wire.KindSubscribe:
 		s.subscribe()
+	case wire.KindJournal:
+		s.reply(p.Req, wire.EncodeBody(w.useJournal(p)), nil, false, nil)
+		return
 	case wire.KindBinary:
 		s.reply(p.Req, nil, []int{fdSelf}, false, nil)
 		return
@@ -66,6 +69,8 @@ func (w *worker) change(p *wire.Packet) error {
 		return w.closeStdin(m.ID)
 	case wire.KindAttach:
 		return w.attach(p)
+	case wire.KindJournalFields:
+		return w.setFields(p)
 	case wire.KindSetLog, wire.KindDelete, wire.KindUpgrade:
 		var m wire.Flag
 		if err := wire.Unmarshal(p.Body, &m); err != nil {

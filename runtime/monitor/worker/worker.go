@@ -68,6 +68,7 @@ type worker struct {
 	pool     *pool
 	listener *os.File
 	busy     chan struct{} // one slot per running request
+	journal  *journal
 	tidying  atomic.Bool
 
 	mu         sync.Mutex
@@ -111,6 +112,7 @@ func Run(build string) error {
 		return err
 	}
 	w.pool = newPool()
+	w.journal = newJournal()
 	if err := w.receiveTable(); err != nil {
 		return err
 	}
