@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -28,7 +30,9 @@ type call struct {
 
 func (s *Server) begin(ctx context.Context, fullMethod string, req any) (context.Context, *call) {
 	c := &call{s: s, method: path.Base(fullMethod), start: time.Now()}
-	c.log = klog.LoggerWithValues(klog.FromContext(ctx), append([]any{"method", c.method, "request", requestID()}, subject(req)...)...)
+	what := append([]any{"request", requestID()}, subject(req)...)
+	c.log = klog.LoggerWithValues(klog.FromContext(ctx), append([]any{"method", c.method}, what...)...)
+	annotate(trace.SpanFromContext(ctx), what)
 	return klog.NewContext(ctx, c.log), c
 }
 
@@ -107,6 +111,17 @@ type streamWithContext struct {
 
 // Context implements grpc.ServerStream.
 func (s *streamWithContext) Context() context.Context { return s.ctx }
+
+// annotate names in a trace what a request is about, as the log does. Without
+// traces span records nothing.
+func annotate(span trace.Span, what []any) {
+	if !span.IsRecording() {
+		return
+	}
+	for i := 0; i+1 < len(what); i += 2 {
+		span.SetAttributes(attribute.String("naru."+fmt.Sprint(what[i]), fmt.Sprint(what[i+1])))
+	}
+}
 
 func requestID() string {
 	var b [4]byte

@@ -9,6 +9,7 @@ import (
 	"github.com/naru-project/naru/cri"
 	"github.com/naru-project/naru/internal/errs"
 	"github.com/naru-project/naru/internal/metrics"
+	"github.com/naru-project/naru/internal/tracing"
 	"github.com/naru-project/naru/pod"
 )
 
@@ -41,12 +42,16 @@ func (d *daemon) pullDone(took time.Duration, bytes int64, err error) {
 	d.metrics.Pull(result, took, bytes)
 }
 
-// watcher counts what happens to pods.
-type watcher struct{ m *metrics.Metrics }
+// watcher counts what happens to pods, and traces it.
+type watcher struct {
+	m *metrics.Metrics
+	t *tracing.Tracing
+}
 
 // StepDone implements pod.Watcher.
-func (w watcher) StepDone(_ context.Context, operation, step string, began, ended time.Time) {
+func (w watcher) StepDone(ctx context.Context, operation, step string, began, ended time.Time) {
 	w.m.Step(operation, step, ended.Sub(began))
+	w.t.Step(ctx, operation, step, began, ended)
 }
 
 // ContainerExited implements pod.Watcher.

@@ -28,6 +28,7 @@ import (
 	"github.com/naru-project/naru/internal/metrics"
 	"github.com/naru-project/naru/internal/notify"
 	"github.com/naru-project/naru/internal/sys"
+	"github.com/naru-project/naru/internal/tracing"
 	"github.com/naru-project/naru/pod"
 	"github.com/naru-project/naru/runtime/cgroup"
 	"github.com/naru-project/naru/runtime/monitor"
@@ -40,6 +41,9 @@ import (
 
 // shutdownTime is how long running requests may take to end after SIGTERM.
 const shutdownTime = 20 * time.Second
+
+// flushTime is how long the end of the daemon waits for a collector of traces.
+const flushTime = 2 * time.Second
 
 // healthTime bounds the question to the monitor that each Status call asks.
 const healthTime = 2 * time.Second
@@ -65,6 +69,7 @@ type daemon struct {
 	metrics *metrics.Metrics
 	scrapes *metrics.Server
 	journal *journal
+	tracing *tracing.Tracing           // nil: no traces
 	found   atomic.Pointer[pod.Report] // by recovery; nil before
 	closers []func() error
 }
@@ -89,7 +94,7 @@ func runServe(ctx context.Context, file string, hup <-chan os.Signal) (err error
 	}{
 		{"take held sockets", d.takeHeld}, {"close inherited files", closeInherited}, {"relax timers", relaxTimers}, {"set oom_score_adj", shield}, {"prepare folders", d.prepareFolders},
 		{"open cgroups", d.openCgroups}, {"reach the monitor", d.reachMonitor}, {"give up privileges", confine}, {"make the executor", d.openExecutor},
-		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer}, {"open the metrics", d.openMetrics},
+		{"open the image store", d.openImages}, {"set up the pod network", d.openSandboxes}, {"open the traces", d.openTracing}, {"load the pods", d.openPods}, {"make the CRI server", d.openServer}, {"open the metrics", d.openMetrics},
 	} {
 		if err := s.do(ctx); err != nil {
 			return errs.New(errs.Of(err), "%s: %w", s.name, err)
@@ -265,7 +270,7 @@ func (d *daemon) openPods(context.Context) (err error) {
 	}
 	d.pods, err = pod.New(pod.Config{
 		StateDir: filepath.Join(d.cfg.Root, "state"), RunDir: filepath.Join(d.cfg.Run, "state"), SpecHost: d.given,
-		WritableMountpoint: fs.Mountpoint, Watch: watcher{d.metrics}, CheckHandler: d.exec.CheckHandler, Live: liveOf(d.cfg).pods,
+		WritableMountpoint: fs.Mountpoint, Watch: watcher{d.metrics, d.tracing}, CheckHandler: d.exec.CheckHandler, Live: liveOf(d.cfg).pods,
 	}, pod.Deps{Executor: d.exec, Sandboxes: d.sandbox, Images: d.images, Cgroups: d.cgroups})
 	return err
 }
@@ -277,6 +282,40 @@ func (d *daemon) openServer(context.Context) error {
 		Health:    d.health, Metrics: d.metrics,
 	}, d.pods, d.images, d.host())
 	return d.server.Streams().Listen()
+}
+
+// openTracing reaches for no collector yet.
+func (d *daemon) openTracing(ctx context.Context) (err error) {
+	c := d.cfg.Tracing
+	if c.Endpoint == "" {
+		return nil
+	}
+	var told rate
+	d.tracing, err = tracing.New(context.WithoutCancel(ctx), tracing.Config{
+		Endpoint: c.Endpoint, PerMillion: c.PerMillion, Version: version,
+		Failed: func(err error) {
+			if told.allow(time.Now()) {
+				klog.ErrorS(err, "Traces are lost", "collector", c.Endpoint)
+			}
+		},
+	})
+	d.closers = append(d.closers, func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), flushTime)
+		defer cancel()
+		if err := d.tracing.Close(ctx); err != nil {
+			klog.ErrorS(err, "Traces are lost", "collector", c.Endpoint)
+		}
+		return nil
+	})
+	return err
+}
+
+// rate lets something be said once a minute.
+type rate struct{ next atomic.Int64 }
+
+func (r *rate) allow(now time.Time) bool {
+	next := r.next.Load()
+	return now.UnixNano() >= next && r.next.CompareAndSwap(next, now.Add(time.Minute).UnixNano())
 }
 
 // health asks the monitor: without it no container can be started.
@@ -308,7 +347,7 @@ func (d *daemon) serve(ctx context.Context, hup <-chan os.Signal) error {
 	defer stop()
 	var wg sync.WaitGroup
 	wg.Go(func() { d.exec.Run(ctx) })
-	g := cri.NewGRPCServer(d.server)
+	g := cri.NewGRPCServer(d.server, d.tracing.ServerOptions()...)
 	serveAdmin, stopAdmin, err := d.openAdmin()
 	if err != nil {
 		_ = l.Close()

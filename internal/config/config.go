@@ -76,6 +76,7 @@ type Config struct {
 	CDI      CDI                `toml:"cdi"`
 	Stream   Streaming          `toml:"streaming"`
 	Metrics  Metrics            `toml:"metrics"`
+	Tracing  Tracing            `toml:"tracing"`
 	Handlers map[string]Handler `toml:"handlers" reload:"live" comment:"Further runtime handlers for RuntimeClass, by name, each a table [handlers.NAME] with kind (native, oci), path and args; \"\" and \"naru\" are built in. For example [handlers.runc] with kind = 'oci' and path = '/usr/sbin/runc'."`
 }
 
@@ -242,6 +243,12 @@ type Streaming struct {
 // Metrics of Naru itself; those of containers go by CRI.
 type Metrics struct {
 	Address string `toml:"address" reload:"live" comment:"Where Prometheus may scrape /metrics: a loopback address as 127.0.0.1:9640, or unix:///path of a socket for root; empty = nowhere. Counts only: no pod, container or image is named."`
+}
+
+// Tracing sends OpenTelemetry traces.
+type Tracing struct {
+	Endpoint   string `toml:"endpoint" reload:"restart" comment:"Collector of OpenTelemetry traces (OTLP over gRPC): host:port, as the kubelet's own, or unix:///path of a socket; empty = no traces. On this host, without TLS; to any other host with TLS, by the authorities that this host trusts."`
+	PerMillion int    `toml:"sampling_rate_per_million" reload:"restart" comment:"How many of a million calls are traced whose caller does not decide that. The kubelet decides for most of its own (its tracing.samplingRatePerMillion); 0 = those only."`
 }
 
 // Handler is one runtime handler.
@@ -444,6 +451,12 @@ func (c *Config) Validate() error {
 			bad("cdi.spec_dirs", "%q must be an absolute path", dir)
 		}
 	}
+	if err := c.Tracing.check(); err != nil {
+		bad("tracing.endpoint", "%w", err)
+	}
+	if c.Tracing.PerMillion < 0 || c.Tracing.PerMillion > 1e6 {
+		bad("tracing.sampling_rate_per_million", "%d is not between 0 and 1000000", c.Tracing.PerMillion)
+	}
 	for _, dir := range c.Runtime.HookDirs {
 		if !filepath.IsAbs(dir) {
 			bad("runtime.hook_dirs", "%q must be an absolute path", dir)
@@ -482,6 +495,27 @@ func validateHandler(name string, h *Handler, bad func(key, format string, args 
 	default:
 		bad(key+".kind", "%q is none of native, oci", h.Kind)
 	}
+}
+
+// check says why the endpoint is none.
+func (t *Tracing) check() error {
+	if t.Endpoint == "" {
+		return nil
+	}
+	if path, ok := strings.CutPrefix(t.Endpoint, "unix://"); ok {
+		if !filepath.IsAbs(path) || len(path) > maxSocket {
+			return fmt.Errorf("%q is not unix:// and an absolute path of at most %d bytes", t.Endpoint, maxSocket)
+		}
+		return nil
+	}
+	host, port, err := net.SplitHostPort(t.Endpoint)
+	if err != nil || host == "" {
+		return fmt.Errorf("%q is neither host:port nor unix:///path", t.Endpoint)
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return fmt.Errorf("%q has no port number", t.Endpoint)
+	}
+	return nil
 }
 
 // The names that the network may give to things of the kernel.
