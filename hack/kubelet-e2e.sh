@@ -28,8 +28,7 @@ registry_up "$layout"
 naru_config
 crictl_for "$naru_endpoint"
 make_cgroup "$run_name-pods"
-export RUN_NAME=$run_name
-(in_place "$bin/kubelete2e" run --work "$work" --bin "$bin" --expected "$top/hack/kubelet-naru.expected" --dropins "$top/packaging/kubelet.conf.d" --results "${RESULTS:-$bin/kubelet-e2e.md}") ||
+(in_place "$bin/kubelete2e" run --work "$work" --bin "$bin" --cgroup "/$run_name-pods" --expected "$top/hack/kubelet-naru.expected" --dropins "$top/packaging/kubelet.conf.d" --results "${RESULTS:-$bin/kubelet-e2e.md}") ||
 	die "the kubelet and naru did not agree"
 note_namespaces
 naru_down

@@ -27,12 +27,12 @@ var logChecks = []check{
 
 // logFiles are the files of a container's log, the oldest first.
 func (s *suite) logFiles(pod, container string) ([]string, error) {
-	rotated, err := filepath.Glob(filepath.Join(s.work, "podlogs", "default_"+pod+"-"+nodeName+"_*", container, "0.log.*"))
+	rotated, err := filepath.Glob(filepath.Join(s.Work, "podlogs", "default_"+pod+"-"+nodeName+"_*", container, "0.log.*"))
 	if err != nil {
 		return nil, err
 	}
 	slices.Sort(rotated) // their names end with a time
-	now, err := filepath.Glob(filepath.Join(s.work, "podlogs", "default_"+pod+"-"+nodeName+"_*", container, "0.log"))
+	now, err := filepath.Glob(filepath.Join(s.Work, "podlogs", "default_"+pod+"-"+nodeName+"_*", container, "0.log"))
 	return append(rotated, now...), err
 }
 

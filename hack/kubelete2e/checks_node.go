@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/naru-project/naru/hack/e2e"
 	v1 "k8s.io/api/core/v1"
 )
 
@@ -133,20 +134,20 @@ func (s *suite) running() map[string]v1.ContainerStatus {
 }
 
 var restartChecks = []check{
-	{"naru stopped and started: no container is touched", survives(func(ctx context.Context, s *suite) error { return s.restartNaru(ctx, syscall.SIGTERM) })},
+	{"naru stopped and started: no container is touched", survives(func(ctx context.Context, s *suite) error { return s.RestartNaru(ctx, syscall.SIGTERM) })},
 	{"naru killed and started, three times: no container is touched", survives(func(ctx context.Context, s *suite) error {
 		for range 3 {
-			if err := s.restartNaru(ctx, syscall.SIGKILL); err != nil {
+			if err := s.RestartNaru(ctx, syscall.SIGKILL); err != nil {
 				return err
 			}
 		}
 		return nil
 	})},
 	{"the kubelet killed and started: no container is touched", survives(func(ctx context.Context, s *suite) error {
-		if err := s.stopKubelet(syscall.SIGKILL); err != nil {
+		if err := s.StopKubelet(syscall.SIGKILL); err != nil {
 			return err
 		}
-		return s.startKubelet(ctx, s.k, usual)
+		return s.startKubelet(ctx, s.usual())
 	})},
 	{"a container that ends while naru is away is started again after", endsMeanwhile},
 	{"a log through all of it: no line lost, none twice", steadyLog},
@@ -198,23 +199,23 @@ func endsMeanwhile(ctx context.Context, s *suite) error {
 	if _, err := s.k.sh(ctx, "ends", "away", "touch /tmp/end"); err != nil {
 		return err
 	}
-	w := window{from: time.Now()}
-	if err := s.naru.stop(syscall.SIGKILL); err != nil {
+	w := e2e.Window{From: time.Now()}
+	if err := s.Naru.Stop(syscall.SIGKILL); err != nil {
 		return err
 	}
 	time.Sleep(2 * time.Second)
-	err = s.startNaru(ctx)
-	w.to = time.Now().Add(3 * time.Second)
-	s.restarts = append(s.restarts, w)
+	err = s.StartNaru(ctx)
+	w.To = time.Now().Add(3 * time.Second)
+	s.Restarts = append(s.Restarts, w)
 	return errors.Join(err, errors.New("not started again yet"))
 }
 
 // restartKubelet starts the kubelet, again if it runs, with other options.
-func (s *suite) restartKubelet(ctx context.Context, o kubeletOptions) error {
-	if err := s.stopKubelet(syscall.SIGTERM); err != nil {
+func (s *suite) restartKubelet(ctx context.Context, o e2e.KubeletOptions) error {
+	if err := s.StopKubelet(syscall.SIGTERM); err != nil {
 		return err
 	}
-	return s.startKubelet(ctx, s.k, o)
+	return s.startKubelet(ctx, o)
 }
 
 var plainChecks = []check{
@@ -237,7 +238,7 @@ var plainChecks = []check{
 		return s.metric(ctx, "container_memory_working_set_bytes", `container=""`)
 	}},
 	{"short of disk: the kubelet removes the image that nobody uses, and no other", func(ctx context.Context, s *suite) error {
-		images, err := s.images(ctx)
+		images, err := s.Images(ctx)
 		switch {
 		case err != nil:
 			return err
@@ -253,10 +254,10 @@ var plainChecks = []check{
 var eventedChecks = []check{
 	{"no container is touched", func(ctx context.Context, s *suite) error { return untouched(ctx, s, "hostport", "web") }},
 	{"a container's end reaches the kubelet as an event", eventRelists("one")},
-	{"naru stopped and started: no container is touched", survives(func(ctx context.Context, s *suite) error { return s.restartNaru(ctx, syscall.SIGTERM) })},
+	{"naru stopped and started: no container is touched", survives(func(ctx context.Context, s *suite) error { return s.RestartNaru(ctx, syscall.SIGTERM) })},
 	{"a container's end still reaches the kubelet as an event", eventRelists("two")},
 	{"naru killed and started, twice: no container is touched", survives(func(ctx context.Context, s *suite) error {
-		return errors.Join(s.restartNaru(ctx, syscall.SIGKILL), s.restartNaru(ctx, syscall.SIGKILL))
+		return errors.Join(s.RestartNaru(ctx, syscall.SIGKILL), s.RestartNaru(ctx, syscall.SIGKILL))
 	})},
 	{"a container's end still reaches the kubelet as an event, after three restarts", eventRelists("three")},
 	{"a log through all of it: no line lost, none twice", steadyLog},
@@ -277,7 +278,7 @@ func eventRelists(container string) func(context.Context, *suite) error {
 			}
 			_, id, _ = strings.Cut(c.ContainerID, "://")
 		}
-		b, err := os.ReadFile(s.kubelet.log)
+		b, err := os.ReadFile(s.Kubelet.Log)
 		if err != nil {
 			return err
 		}
@@ -292,7 +293,7 @@ func eventRelists(container string) func(context.Context, *suite) error {
 
 var endChecks = []check{
 	{"all pods go when their manifests go", func(ctx context.Context, s *suite) error {
-		files, err := filepath.Glob(filepath.Join(s.work, "manifests", "*.yaml"))
+		files, err := filepath.Glob(filepath.Join(s.Work, "manifests", "*.yaml"))
 		if err != nil {
 			return err
 		}
@@ -309,5 +310,5 @@ var endChecks = []check{
 		}
 		return nil
 	}},
-	{"and what a kubelet would collect later can be removed", func(ctx context.Context, s *suite) error { return s.removeAll(ctx) }},
+	{"and what a kubelet would collect later can be removed", func(ctx context.Context, s *suite) error { return s.RemoveAll(ctx) }},
 }

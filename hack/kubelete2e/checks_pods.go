@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/naru-project/naru/hack/e2e"
 	v1 "k8s.io/api/core/v1"
 )
 
@@ -30,7 +31,7 @@ var lifeChecks = []check{
 		if err != nil {
 			return err
 		}
-		return want("message", strings.TrimSpace(c.State.Terminated.Message), "last words")
+		return e2e.Want("message", strings.TrimSpace(c.State.Terminated.Message), "last words")
 	}},
 }
 
@@ -77,7 +78,7 @@ func alwaysRestarted(ctx context.Context, s *suite) error {
 	if c.RestartCount != 1 || c.State.Running == nil || t == nil || t.ExitCode != 3 {
 		return fmt.Errorf("restarts %d, state %+v, before %+v", c.RestartCount, c.State, c.LastTerminationState)
 	}
-	return want("message", strings.TrimSpace(t.Message), "because")
+	return e2e.Want("message", strings.TrimSpace(t.Message), "because")
 }
 
 func bothRuns(ctx context.Context, s *suite) error {
@@ -86,7 +87,7 @@ func bothRuns(ctx context.Context, s *suite) error {
 		return err
 	}
 	before, err := s.k.logs(ctx, "always", "main", true)
-	return errors.Join(err, want("log", now, "second run\n"), want("log of the run before", before, "first run\n"))
+	return errors.Join(err, e2e.Want("log", now, "second run\n"), e2e.Want("log of the run before", before, "first run\n"))
 }
 
 // endedAs compares how a pod with one container has ended.
@@ -151,7 +152,7 @@ func readyFollowsProbe(ctx context.Context, s *suite) error {
 		if _, err := s.k.sh(ctx, "probes", "exec", step.script); err != nil {
 			return err
 		}
-		err := eventually(ctx, 15*time.Second, func() error {
+		err := e2e.Eventually(ctx, 15*time.Second, func() error {
 			c, err := s.container(ctx, "probes", "exec")
 			if err == nil && c.Ready != step.ready {
 				err = fmt.Errorf("ready is %t after %s", c.Ready, step.script)
@@ -176,15 +177,15 @@ func untouched(ctx context.Context, s *suite, pod, container string) error {
 
 // trace compares the words that containers have left in a file.
 func (s *suite) trace(name, words string) error {
-	b, err := os.ReadFile(filepath.Join(s.work, "out", name))
-	return errors.Join(err, want("trace", strings.Join(strings.Fields(string(b)), " "), words))
+	b, err := os.ReadFile(filepath.Join(s.Work, "out", name))
+	return errors.Join(err, e2e.Want("trace", strings.Join(strings.Fields(string(b)), " "), words))
 }
 
 // between is the time between two copies of /proc/uptime.
 func (s *suite) between(from, to string) (time.Duration, error) {
 	var at [2]float64
 	for i, name := range []string{from, to} {
-		b, err := os.ReadFile(filepath.Join(s.work, "out", name))
+		b, err := os.ReadFile(filepath.Join(s.Work, "out", name))
 		if err != nil {
 			return 0, err
 		}
@@ -236,7 +237,7 @@ var networkChecks = []check{
 				host = "[" + host + "]"
 			}
 			out, err := s.k.sh(ctx, "limits", "main", "wget -qO- http://"+host+"/")
-			if err := errors.Join(err, want(host, out, "<h1>Hello from a pod</h1>")); err != nil {
+			if err := errors.Join(err, e2e.Want(host, out, "<h1>Hello from a pod</h1>")); err != nil {
 				return err
 			}
 		}
@@ -248,7 +249,7 @@ var networkChecks = []check{
 // greets says whether nginx of the demo answers.
 func (s *suite) greets(ctx context.Context, address string) error {
 	b, err := s.k.get(ctx, address)
-	return errors.Join(err, want(address, strings.TrimSpace(string(b)), "<h1>Hello from a pod</h1>"))
+	return errors.Join(err, e2e.Want(address, strings.TrimSpace(string(b)), "<h1>Hello from a pod</h1>"))
 }
 
 var volumeChecks = []check{
@@ -257,7 +258,7 @@ var volumeChecks = []check{
 	{"subPath of a folder and of a file, the file read-only", says("volumes", "main", "cat /sub/file /one; ( : >>/one ) 2>/dev/null || echo no", "below\nwhole\nno")},
 	{"subPathExpr is filled in from the environment", says("volumes", "main", "touch /expr/x && ls /disk/of-$POD/", "x")},
 	{"hostPath is the host's folder, read-only", func(ctx context.Context, s *suite) error {
-		if err := os.WriteFile(filepath.Join(s.work, "out", "of-the-host"), []byte("hello\n"), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(s.Work, "out", "of-the-host"), []byte("hello\n"), 0o644); err != nil {
 			return err
 		}
 		return says("volumes", "main", "cat /host/of-the-host; touch /host/x 2>/dev/null || echo no", "hello\nno")(ctx, s)
@@ -320,7 +321,5 @@ func limitsReported(ctx context.Context, s *suite) error {
 	if c.Resources == nil || c.Resources.Limits.Memory().Value() != 48<<20 || c.Resources.Limits.Cpu().MilliValue() != 500 {
 		return fmt.Errorf("the status says %+v", c.Resources)
 	}
-	// In the container: cgroup v2's files, or v1's.
-	return says("limits", "main", "cd /sys/fs/cgroup; cat memory.max memory/memory.limit_in_bytes 2>/dev/null; cat cpu.max cpu/cpu.cfs_quota_us 2>/dev/null | cut -d' ' -f1",
-		"50331648\n50000")(ctx, s)
+	return says("limits", "main", e2e.Limits, "50331648\n50000")(ctx, s)
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/naru-project/naru/hack/e2e"
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/client-go/util/exec"
 )
@@ -21,7 +22,7 @@ func streamChecks(protocol string, websocket bool) []check {
 			if !errors.As(err, &code) || code.Code != 7 {
 				return fmt.Errorf("ended with %v, want exit code 7", err)
 			}
-			return errors.Join(want("stdout", out, "to out\n"), want("stderr", errOut, "to err\n"))
+			return errors.Join(e2e.Want("stdout", out, "to out\n"), e2e.Want("stderr", errOut, "to err\n"))
 		}},
 		{named("exec: 4 MiB in and out again"), func(ctx context.Context, s *suite) error {
 			text := strings.Repeat("0123456789abcde\n", 4<<20/16)
@@ -34,7 +35,7 @@ func streamChecks(protocol string, websocket bool) []check {
 		{named("exec with a terminal and its size"), func(ctx context.Context, s *suite) error {
 			out, _, err := s.k.stream(ctx, stream{kind: "exec", pod: "streams", container: "web", websocket: websocket, tty: true, size: &once{Height: 33, Width: 77}, stdin: strings.NewReader(""),
 				command: []string{"sh", "-c", "i=0; until [ \"$(stty size)\" = '33 77' ] || [ $i = 50 ]; do i=$((i+1)); sleep 0.1; done; stty size"}})
-			return errors.Join(err, want("stty size", strings.TrimSpace(out), "33 77"))
+			return errors.Join(err, e2e.Want("stty size", strings.TrimSpace(out), "33 77"))
 		}},
 		{named("attach: a line in, both outputs out"), func(ctx context.Context, s *suite) error {
 			in, feed := io.Pipe()

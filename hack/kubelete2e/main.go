@@ -20,7 +20,7 @@ import (
 	"k8s.io/klog/v2"
 )
 
-const usageText = `usage: kubelete2e run --work DIR --bin DIR --expected FILE --dropins DIR --results FILE
+const usageText = `usage: kubelete2e run --work DIR --bin DIR --cgroup NAME --expected FILE --dropins DIR --results FILE
        kubelete2e grpc ADDRESS | lines COUNT DURATION | eat MEGABYTES   (inside of pods)
 `
 
@@ -44,6 +44,7 @@ func command(ctx context.Context, args []string) error {
 		fs := flag.NewFlagSet("run", flag.ContinueOnError)
 		fs.StringVar(&o.work, "work", "", "folder of this run, with config.toml and kubelet.sh")
 		fs.StringVar(&o.bin, "bin", "", "folder of naru, kubelet and this program")
+		fs.StringVar(&o.cgroup, "cgroup", "", "cgroup that the kubelet's are below")
 		fs.StringVar(&o.expected, "expected", "", "what the kubelet's log may hold")
 		fs.StringVar(&o.dropins, "dropins", "", "the kubelet's drop-ins that naru ships")
 		fs.StringVar(&o.results, "results", "", "page of results to write")

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/naru-project/naru/hack/e2e"
 	v1 "k8s.io/api/core/v1"
 )
 
@@ -19,70 +20,26 @@ import (
 var manifests embed.FS
 
 // options are the command line.
-type options struct{ work, bin, expected, dropins, results string }
+type options struct{ work, bin, cgroup, expected, dropins, results string }
 
 // suite is one run: a node, its pods, and what has been found.
 type suite struct {
 	opts options
-	*node
+	*e2e.Node
 	k     *kubelet
-	begun time.Time
+	page  *e2e.Page
 	pods  map[string]*v1.Pod // as the kubelet saw them last
 	seen  map[string]time.Time
 	ready map[string]time.Time
-	page  strings.Builder
 }
+
+// nodeName is part of the names of static pods.
+const nodeName = "naru-e2e"
 
 // check is one feature. Do is tried again until it succeeds or patience ends.
 type check struct {
 	feature string
 	do      func(context.Context, *suite) error
-}
-
-const patience = 20 * time.Second
-
-// eventually tries do until it succeeds.
-func eventually(ctx context.Context, within time.Duration, do func() error) error {
-	end := time.Now().Add(within)
-	for {
-		err := do()
-		if err == nil || errors.Is(err, errEnded) {
-			return err
-		}
-		if time.Now().After(end) {
-			return fmt.Errorf("not within %v: %w", within, err)
-		}
-		select {
-		case <-ctx.Done():
-			return errors.Join(ctx.Err(), err)
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
-}
-
-func run(ctx context.Context, o options) (err error) {
-	s := &suite{opts: o, node: newNode(o), k: newKubelet(), begun: time.Now(), seen: map[string]time.Time{}, ready: map[string]time.Time{}}
-	defer func() { err = errors.Join(err, s.stop()) }()
-	if err := os.Mkdir(filepath.Join(o.work, "out"), 0o755); err != nil {
-		return err
-	}
-	fmt.Fprintf(&s.page, "# The kubelet and naru\n\nMade by `make kubelet-e2e` on %s.\n", time.Now().UTC().Format("2006-01-02"))
-	var failed []error
-	for _, part := range parts {
-		fmt.Fprintf(&s.page, "\n## %s\n\n| what | | seconds |\n|---|---|---|\n", part.name)
-		if part.begin != nil {
-			if err := part.begin(ctx, s); err != nil {
-				return fmt.Errorf("%s: %w", part.name, errors.Join(err, errors.Join(failed...)))
-			}
-		}
-		err := s.all(ctx, part.checks)
-		if errors.Is(err, errEnded) {
-			return err
-		}
-		failed = append(failed, err)
-	}
-	s.table()
-	return errors.Join(errors.Join(failed...), os.WriteFile(o.results, []byte(s.page.String()), 0o644))
 }
 
 // part is a stretch of the run with one set-up.
@@ -92,38 +49,35 @@ type part struct {
 	checks []check
 }
 
-// all makes all checks in turn, also after one has failed.
-func (s *suite) all(ctx context.Context, checks []check) error {
-	var failed []error
-	for _, c := range checks {
-		start := time.Now()
-		err := eventually(ctx, patience, func() error {
-			if err := errors.Join(s.naru.ended(), s.kubelet.ended()); err != nil {
-				return err
+func run(ctx context.Context, o options) (err error) {
+	s := &suite{opts: o, k: newKubelet(), seen: map[string]time.Time{}, ready: map[string]time.Time{}}
+	s.Node = e2e.NewNode(e2e.Node{Name: nodeName, IP: nodeIP, Work: o.work, Bin: o.bin, CgroupRoot: o.cgroup})
+	s.page = e2e.NewPage("The kubelet and naru", "kubelet-e2e", s.alive)
+	defer func() { err = errors.Join(err, s.Stop()) }()
+	if err := os.Mkdir(filepath.Join(o.work, "out"), 0o755); err != nil {
+		return err
+	}
+	for _, part := range parts {
+		s.page.Part(part.name, func() error {
+			if part.begin == nil {
+				return nil
 			}
-			return c.do(ctx, s)
+			return part.begin(ctx, s)
 		})
-		word := "ok  "
-		if err != nil {
-			word = "FAIL"
-			failed = append(failed, fmt.Errorf("%s: %w", c.feature, err))
-		}
-		fmt.Printf("%s %6.2f s  %s\n", word, time.Since(s.begun).Seconds(), c.feature)
-		if err != nil {
-			fmt.Printf("     %v\n", err)
-		}
-		fmt.Fprintf(&s.page, "| %s | %s | %.2f |\n", c.feature, strings.TrimSpace(word), time.Since(start).Seconds())
-		if ctx.Err() != nil || errors.Is(err, errEnded) {
-			break
+		for _, c := range part.checks {
+			s.page.Check(ctx, c.feature, func() error { return c.do(ctx, s) })
 		}
 	}
-	return errors.Join(failed...)
+	s.table()
+	return s.page.Write(o.results)
 }
+
+func (s *suite) alive() error { return errors.Join(s.Naru.Ended(), s.Kubelet.Ended()) }
 
 // table adds how long each pod took from the kubelet's first sight of it to
 // where its manifest leads.
 func (s *suite) table() {
-	s.page.WriteString("\n## Pods, all at once\n\n| pod | seen to ready or ended, seconds |\n|---|---|\n")
+	s.page.Table("Pods, all at once", "pod", "seen to ready or ended, seconds")
 	var names []string
 	for name := range s.ready {
 		names = append(names, name)
@@ -132,7 +86,7 @@ func (s *suite) table() {
 	for _, name := range names {
 		took := s.ready[name].Sub(s.seen[name]).Seconds()
 		fmt.Printf("     %6.2f s from seen to there: %s\n", took, name)
-		fmt.Fprintf(&s.page, "| %s | %.2f |\n", name, took)
+		s.page.Row(name, fmt.Sprintf("%.2f", took))
 	}
 }
 
@@ -174,7 +128,7 @@ func (s *suite) manifest(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []byte(strings.NewReplacer("@WORK@", s.work, "@AGENT@", filepath.Join(s.work, "agent")).Replace(string(b))), nil
+	return []byte(strings.NewReplacer("@WORK@", s.Work, "@AGENT@", filepath.Join(s.Work, "agent")).Replace(string(b))), nil
 }
 
 // add gives the kubelet a manifest, whole at once.
@@ -183,7 +137,7 @@ func (s *suite) add(name string) error {
 	if err != nil {
 		return err
 	}
-	file := filepath.Join(s.work, "manifests", name+".yaml")
+	file := filepath.Join(s.Work, "manifests", name+".yaml")
 	if err := os.WriteFile(filepath.Join(filepath.Dir(file), "."+name), b, 0o600); err != nil {
 		return err
 	}
@@ -193,7 +147,7 @@ func (s *suite) add(name string) error {
 
 // take takes a manifest away.
 func (s *suite) take(name string) error {
-	return os.Remove(filepath.Join(s.work, "manifests", name+".yaml"))
+	return os.Remove(filepath.Join(s.Work, "manifests", name+".yaml"))
 }
 
 // there says whether a pod is where its manifest leads.
@@ -216,8 +170,8 @@ func (s *suite) addAll(ctx context.Context) error {
 			return err
 		}
 	}
-	return eventually(ctx, 2*time.Minute, func() error {
-		if err := errors.Join(s.naru.ended(), s.kubelet.ended(), s.refresh(ctx)); err != nil {
+	return e2e.Eventually(ctx, 2*time.Minute, func() error {
+		if err := errors.Join(s.alive(), s.refresh(ctx)); err != nil {
 			return err
 		}
 		var waiting []string

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"strings"
@@ -15,21 +15,21 @@ func TestJudge(t *testing.T) {
 		`W1130 10:00:05.000000    7 oom_linux.go:70] not the runtime`,
 		`no header`,
 	}
-	var lines []*line
+	var found []*line
 	for _, s := range log {
 		if l := parseLine(s, 2026); l != nil {
-			lines = append(lines, l)
+			found = append(found, l)
 		}
 	}
-	if len(lines) != 4 {
-		t.Fatalf("%d warnings and errors, want 4", len(lines))
+	if len(found) != 4 {
+		t.Fatalf("%d warnings and errors, want 4", len(found))
 	}
 	at := func(sec int) time.Time { return time.Date(2026, 11, 30, 10, 0, sec, 0, time.Local) }
 	expected, err := parseExpected("# comment\nkuberuntime_manager.*known  because\n")
 	if err != nil {
 		t.Fatal(err)
 	}
-	bad := judge(lines, []window{{at(2).Add(time.Millisecond), at(4)}}, expected)
+	bad := judge(found, []Window{{at(2).Add(time.Millisecond), at(4)}}, expected)
 	if len(bad) != 1 || !strings.Contains(bad[0], "RunPodSandbox") {
 		t.Errorf("judged %q, want RunPodSandbox alone", bad)
 	}

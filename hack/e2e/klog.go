@@ -1,8 +1,7 @@
-package main
+package e2e
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -69,12 +68,15 @@ func parseExpected(text string) ([]expectation, error) {
 // ids are what differs between two complaints about the same.
 var ids = regexp.MustCompile(`[0-9a-f]{13,}`)
 
+// Window is a time within which the kubelet's log may hold anything.
+type Window struct{ From, To time.Time }
+
 // judge returns the complaints that nothing excuses, neither a restart nor the
 // list, each once.
-func judge(lines []*line, restarts []window, expected []expectation) []string {
+func judge(lines []*line, restarts []Window, expected []expectation) []string {
 	var bad []string
 	for _, l := range lines {
-		excused := slices.ContainsFunc(restarts, func(w window) bool { return l.at.After(w.from) && l.at.Before(w.to) }) ||
+		excused := slices.ContainsFunc(restarts, func(w Window) bool { return l.at.After(w.From) && l.at.Before(w.To) }) ||
 			slices.ContainsFunc(expected, func(e expectation) bool { return e.pattern.MatchString(l.text) })
 		if !excused && runtimeFiles.MatchString(l.file) {
 			bad = append(bad, l.at.Format(time.TimeOnly)+" "+ids.ReplaceAllString(l.text, "…"))
@@ -84,38 +86,41 @@ func judge(lines []*line, restarts []window, expected []expectation) []string {
 	return slices.CompactFunc(bad, func(a, b string) bool { return a[len(time.TimeOnly):] == b[len(time.TimeOnly):] })
 }
 
-// kubeletLines reads the warnings and errors of the kubelet's log.
-func (s *suite) kubeletLines() ([]*line, error) {
-	f, err := os.Open(s.kubelet.log)
+// EachLogLine hands over every line of the kubelet's log.
+func (n *Node) EachLogLine(do func(string)) error {
+	f, err := os.Open(n.Kubelet.Log)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { _ = f.Close() }()
-	var lines []*line
 	in := bufio.NewScanner(f)
 	in.Buffer(nil, 4<<20)
 	for in.Scan() {
-		if l := parseLine(in.Text(), s.begun.Year()); l != nil {
-			lines = append(lines, l)
-		}
+		do(in.Text())
 	}
-	return lines, in.Err()
+	return in.Err()
 }
 
-func judgeLog(_ context.Context, s *suite) error {
-	text, err := os.ReadFile(s.opts.expected)
+// JudgeLog looks for complaints of the kubelet about its runtime that neither a
+// restart nor the list in the file expected excuses.
+func (n *Node) JudgeLog(expected string) error {
+	text, err := os.ReadFile(expected)
 	if err != nil {
 		return err
 	}
-	expected, err := parseExpected(string(text))
+	list, err := parseExpected(string(text))
 	if err != nil {
 		return err
 	}
-	lines, err := s.kubeletLines()
-	if err != nil {
+	var found []*line
+	if err := n.EachLogLine(func(text string) {
+		if l := parseLine(text, n.begun.Year()); l != nil {
+			found = append(found, l)
+		}
+	}); err != nil {
 		return err
 	}
-	bad := judge(lines, s.restarts, expected)
+	bad := judge(found, n.Restarts, list)
 	if len(bad) == 0 {
 		return nil
 	}
