@@ -235,18 +235,29 @@ $(bin)/golangci-lint: tools/lint/go.mod tools/lint/go.sum
 
 version_in = $(shell awk '$$1 == "$(2)" || $$2 == "$(2)" {for (i = 1; i < NF; i++) if ($$i == "$(2)") {print $$(i+1); exit}}' $(1)/go.mod)
 
-kubelet_version := $(call version_in,tools/kubelet,k8s.io/kubernetes)
-kubelet_bin      = $(CACHE)/kubelet-$(kubelet_version)/kubelet
+# Kubernetes' programs and etcd are big and rarely change: they are kept in the cache,
+# in folders named by their version and what go.sum pins, for every clone here.
+pins = $(shell sha256sum <$(1)/go.sum | cut -c1-8)
+k8s_version  := $(call version_in,tools/kubelet,k8s.io/kubernetes)
+k8s_programs := kubelet kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubectl
+k8s_ldflags   = -s -w $(foreach v,gitVersion=$(k8s_version) gitMajor=1 gitMinor=$(word 2,$(subst ., ,$(k8s_version))) gitTreeState=clean,-X k8s.io/component-base/version.$(v))
+etcd_version := $(call version_in,tools/etcd,go.etcd.io/etcd/server/v3)
 
-kubelet_ldflags  = $(foreach v,gitVersion=$(kubelet_version) gitMajor=1 gitMinor=$(word 2,$(subst ., ,$(kubelet_version))) gitTreeState=clean,-X k8s.io/component-base/version.$(v))
+.PHONY: k8s-tools
+k8s-tools: check-go $(k8s_programs) etcd ## Build a Kubernetes cluster's programs into the cache, once: about twenty minutes on two cores
 
-.PHONY: kubelet
-kubelet: check-go $(kubelet_bin)
-	@mkdir -p $(bin) && ln -sfn $(kubelet_bin) $(bin)/kubelet
+# kept: folder of go.mod, name, version, flags of the linker, package.
+define kept
+.PHONY: $(2)
+$(2): check-go $(CACHE)/$(2)-$(3)-$(call pins,$(1))/$(2)
+	@mkdir -p $(bin) && ln -sfn $(CACHE)/$(2)-$(3)-$(call pins,$(1))/$(2) $(bin)/$(2)
 
-$(kubelet_bin): tools/kubelet/go.mod tools/kubelet/go.sum
-	@mkdir -p $(@D)
-	@cd tools/kubelet && CGO_ENABLED=0 $(call tool,building kubelet $(kubelet_version) (once, about seven minutes on two cores)) -ldflags '-s -w $(kubelet_ldflags)' -o $@ k8s.io/kubernetes/cmd/kubelet
+$(CACHE)/$(2)-$(3)-$(call pins,$(1))/$(2):
+	@mkdir -p $$(@D)
+	@cd $(1) && CGO_ENABLED=0 $$(call tool,building $(2) $(3) (once)) -ldflags '$(4)' -o $$@ $(5)
+endef
+$(foreach p,$(k8s_programs),$(eval $(call kept,tools/kubelet,$(p),$(k8s_version),$(k8s_ldflags),k8s.io/kubernetes/cmd/$(p))))
+$(eval $(call kept,tools/etcd,etcd,$(etcd_version),-s -w,go.etcd.io/etcd/server/v3))
 
 # Checks. One sentence each.
 

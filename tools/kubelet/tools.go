@@ -1,7 +1,14 @@
 //go:build tools
 
-// Package tools pins the kubelet that "make kubelet-smoke" builds; see the
-// Makefile.
+// Package tools pins Kubernetes' programs that "make kubelet" and "make
+// k8s-tools" build; see the Makefile.
 package tools
 
-import _ "k8s.io/kubernetes/cmd/kubelet"
+import (
+	_ "k8s.io/kubernetes/cmd/kube-apiserver"
+	_ "k8s.io/kubernetes/cmd/kube-controller-manager"
+	_ "k8s.io/kubernetes/cmd/kube-proxy"
+	_ "k8s.io/kubernetes/cmd/kube-scheduler"
+	_ "k8s.io/kubernetes/cmd/kubectl"
+	_ "k8s.io/kubernetes/cmd/kubelet"
+)
