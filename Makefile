@@ -57,7 +57,7 @@ test: check-root check-test build build-all lint critest critest-benchmark demo 
 	@echo "PASS: make test"
 
 .PHONY: test-nightly
-test-nightly: test critest-cni fuzz crash soak kubelet-e2e test-vm test-cgroup2 test-oci ## make test, then critest with CNI, every fuzz target for FUZZTIME, crash, soak, the real kubelet, the cgroup v2 machine, containers by runc
+test-nightly: test critest-cni fuzz crash soak kubelet-e2e cluster-e2e test-vm test-cgroup2 test-oci ## make test, then critest with CNI, every fuzz target for FUZZTIME, crash, soak, the real kubelet, a cluster, the cgroup v2 machine, containers by runc
 	@$(GO) test -race -count=3 -timeout 60m ./...
 	@echo "PASS: make test-nightly"
 
@@ -132,6 +132,10 @@ kubelet-smoke: check-root check-test build cri-tools hack-tools kubelet ## The r
 .PHONY: kubelet-e2e
 kubelet-e2e: check-root check-test build cri-tools hack-tools kubelet ## The real kubelet and all that it asks of a runtime; writes bin/kubelet-e2e.md
 	@hack/kubelet-e2e.sh
+
+.PHONY: cluster-e2e
+cluster-e2e: check-root check-test build hack-tools k8s-tools ## A cluster of two nodes on this machine, naru beneath; writes bin/cluster-e2e.md; REPLICAS=100 for the Deployment whose start is measured, PARTS=jobs,many for some parts
+	@REPLICAS=$(REPLICAS) PARTS=$(PARTS) hack/cluster-e2e.sh
 
 .PHONY: bench
 bench: check-root check-test build hack-tools ## Compare with Debian's containerd and runc; ROUNDS=5, ENFORCE=1 fails on a missed target, DOC=1 writes docs/performance.md
@@ -208,6 +212,7 @@ hack-tools: check-go
 	@cd hack && $(call tool,building cribench) -o $(bin)/cribench ./bench
 	@cd hack && $(call tool,building junitcheck) -o $(bin)/junitcheck ./junitcheck
 	@cd hack && CGO_ENABLED=0 $(call tool,building kubelete2e) -o $(bin)/kubelete2e ./kubelete2e
+	@cd hack && $(call tool,building clustere2e) -o $(bin)/clustere2e ./clustere2e
 	@cd hack && $(call tool,building crimodel) -o $(bin)/crimodel ./model
 
 .PHONY: demo-tools

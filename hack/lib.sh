@@ -63,10 +63,7 @@ work_begin() {
 # processes are found again whatever becomes of them and their CPU time is
 # counted. It becomes the current one ($netns, $svc_cgroup).
 place() {
-	netns=$work/netns-$1
-	touch "$netns"
-	unshare --net="$netns" true
-	in_ns ip link set lo up
+	new_netns "$1"
 	if in_ns ip link add uplink0 type dummy 2>/dev/null; then
 		in_ns ip address add "$node_ip/24" dev uplink0
 		in_ns ip link set uplink0 up
@@ -82,6 +79,14 @@ place() {
 	mkdir "$svc_cgroup"
 }
 node_ip=192.0.2.10
+
+# new_netns NAME makes a network namespace with a loopback, which becomes the current one.
+new_netns() {
+	netns=$work/netns-$1
+	touch "$netns"
+	unshare --net="$netns" true
+	in_ns ip link set lo up
+}
 
 in_ns() { nsenter --net="$netns" "$@"; }
 

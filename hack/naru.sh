@@ -17,8 +17,11 @@ naru_cgroup_parent() {
 	esac
 }
 
-# naru_config writes its configuration: a network that is ready at once and, if
-# a registry runs, every name leading to that.
+# What naru's configuration says of the network: ranges that are there at once.
+naru_network='pod_cidr = ["10.85.0.0/16", "fd85::/64"]'
+
+# naru_config writes its configuration, with every name leading to the registry, if
+# one runs.
 naru_config() {
 	naru_paths
 	mkdir -p "$work/certs.d" "$work/net.d"
@@ -33,7 +36,7 @@ naru_config() {
 	[log]
 	verbosity = ${NARU_VERBOSITY:-2}
 	[network]
-	pod_cidr = ["10.85.0.0/16", "fd85::/64"]
+	$naru_network
 	[network.cni]
 	conf_dir = "$work/net.d"
 	bin_dirs = ["/usr/lib/cni"]
