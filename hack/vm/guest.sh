@@ -32,7 +32,7 @@ part_units() {
 	sysctl -qw vm.nr_hugepages=4 # for the test of the metrics of huge pages
 	for t in "$tree"/tests/*.test; do
 		name=$(basename "$t" .test) begun=$(uptime_s)
-		(cd "$tree/${name//__//}" && "$t" -test.short -test.timeout 60m -test.run "${RUN:-.}" ${VERBOSE:+-test.v}) >"/var/tmp/$name.log" 2>&1
+		(cd "$tree/${name//__//}" && "$t" -test.short -test.timeout 30m -test.run "${RUN:-.}" ${VERBOSE:+-test.v}) >"/var/tmp/$name.log" 2>&1
 		if [ $? = 0 ]; then
 			echo "ok    ${name//__//} $(since "$begun") s"
 		else

@@ -323,7 +323,17 @@ func (r *crashRig) check(after string) {
 	if now := identityOf(r.was.pid); now != r.was {
 		r.t.Fatalf("after %s: the witness was process %v, now %v", after, r.was, now)
 	}
-	if out, err := r.n.Runtime.ExecSync(within(r.t, 20*time.Second), &criv1.ExecSyncRequest{ContainerId: r.witness, Cmd: []string{"/bin/echo", "here"}, Timeout: 10}); err != nil || string(out.Stdout) != "here\n" {
+	exec := func() (*criv1.ExecSyncResponse, error) {
+		return r.n.Runtime.ExecSync(within(r.t, 20*time.Second), &criv1.ExecSyncRequest{ContainerId: r.witness, Cmd: []string{"/bin/echo", "here"}, Timeout: 10})
+	}
+	out, err := exec()
+	if status.Code(err) == codes.Unavailable { // it was killed after its last answer to the story
+		if r.n.daemon.ended() {
+			r.n.StartDaemon()
+		}
+		out, err = exec()
+	}
+	if err != nil || string(out.Stdout) != "here\n" {
 		r.t.Errorf("after %s: exec in the witness: %v, %v", after, out, err)
 	}
 	var left []string

@@ -223,6 +223,9 @@ func (r *crashRig) systemCall(who string, kind, pid int, at int64) (killed bool)
 	}
 	killed = identityOf(pid) != was
 	tr.end()
+	if n.daemon.ended() { // after its last answer
+		n.StartDaemon()
+	}
 	r.check(after)
 	if t.Failed() {
 		t.Logf("%s failed; the daemon's log:\n%s", after, tail(n.Dir+"/naru.log", 6000))
