@@ -233,6 +233,7 @@ func fetch(ctx context.Context, address string) error {
 	if err != nil {
 		return err
 	}
+	req.Close = true // each time a connection of its own, which finds its way anew
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		return err

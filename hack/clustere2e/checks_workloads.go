@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/naru-project/naru/hack/e2e"
@@ -16,8 +17,15 @@ import (
 )
 
 func (c *cluster) deploymentChecks(ctx context.Context) {
-	c.page.Part("Deployments", nil)
-	c.page.Check(ctx, "a rollout under requests from outside: each is answered, until the old pods are gone", func() error {
+	c.page.Part("Deployments", func() error {
+		if err := c.rolledOut(ctx, "deployment/web"); err != nil {
+			return err
+		}
+		return e2e.Eventually(ctx, 10*time.Second, func() error { // kube-proxy knows
+			return errors.Join(fetch(ctx, "http://"+c.nodes[0].ip4+":30080/"), fetch(ctx, "http://"+c.nodes[1].ip4+":30080/"))
+		})
+	})
+	c.page.Check(ctx, "a rollout under requests from outside: each is answered, until the old pods are gone", once(func() error {
 		ctx, end := context.WithCancel(ctx)
 		defer end()
 		failed := make(chan []error)
@@ -28,9 +36,13 @@ func (c *cluster) deploymentChecks(ctx context.Context) {
 		}
 		end()
 		return errors.Join(append(<-failed, err)...)
+	}))
+	undo := once(func() error {
+		_, err := c.kubectl(ctx, "rollout", "undo", "deployment/web")
+		return err
 	})
 	c.page.Check(ctx, "the rollout undone", func() error {
-		if _, err := c.kubectl(ctx, "rollout", "undo", "deployment/web"); err != nil {
+		if err := undo(); err != nil {
 			return err
 		}
 		if err := c.rolledOut(ctx, "deployment/web"); err != nil {
@@ -64,6 +76,10 @@ func (c *cluster) deploymentChecks(ctx context.Context) {
 		return nil
 	})
 }
+
+// once makes of do what is done once, however often it is tried: a second time would
+// be about something else, or hide what was wrong in the first.
+func once(do func() error) func() error { return sync.OnceValue(do) }
 
 // keepAsking asks the NodePort of web until ctx ends and returns what went wrong.
 func (c *cluster) keepAsking(ctx context.Context) (failed []error) {
